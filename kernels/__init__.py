@@ -1,0 +1,7 @@
+"""The operators that the backbone is made of, each on plain torch and on Triton."""
+
+from .causal_conv1d import causal_conv1d
+from .gated_rms_norm import gated_rms_norm
+from .ssd import ssd, ssd_bidirectional, ssd_step
+
+__all__ = ["causal_conv1d", "gated_rms_norm", "ssd", "ssd_bidirectional", "ssd_step"]
