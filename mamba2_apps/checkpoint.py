@@ -1,0 +1,177 @@
+"""Checkpoints: one directory with `model.safetensors` and `config.json`, each whole at any moment.
+
+A file is written beside its final name, synced to the disk and renamed, so a crash leaves the old
+file or the new one, never a part.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+WEIGHTS_NAME = "model.safetensors"
+CONFIG_NAME = "config.json"
+FORMAT = "mamba2_apps.Backbone"
+FORMAT_VERSION = 1
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yields a path beside `path` to write to; on success that file is synced and takes its name.
+
+    On an exception the partial file is removed and `path` is as it was.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        _sync(partial)
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    _sync(path.parent)
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Writes strict JSON (no NaN or Infinity), indented, atomically."""
+    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+    with atomic_write(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """Reads JSON; a file that is none raises ValueError that names it."""
+    path = Path(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: damaged or not JSON: {error}") from error
+
+
+def save_weights(tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
+    """Writes safetensors, atomically. Of names that share one tensor the first is kept."""
+    kept: dict[str, Tensor] = {}
+    seen: set[tuple[Any, ...]] = set()
+    for name, tensor in tensors.items():
+        key = _identity(tensor)
+        if key not in seen:
+            seen.add(key)
+            kept[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+    with atomic_write(path) as partial:
+        save_file(kept, partial, metadata={"format": "pt"})
+
+
+def read_weights(
+    path: str | os.PathLike[str], device: str | torch.device = "cpu"
+) -> dict[str, Tensor]:
+    """All tensors of a safetensors file; a damaged one raises ValueError that names it."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; expected weights in safetensors format")
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path}: damaged or not a safetensors file: {error}") from error
+
+
+def load_weights(
+    module: nn.Module, tensors: Mapping[str, Tensor], source: object, *, assign: bool = False
+) -> None:
+    """Loads tensors into a module that has exactly these, bit by bit.
+
+    assign puts the tensors themselves in place, with their type and device, so a module on the meta
+    device can be loaded. A tied parameter needs one of its names only. Missing and unexpected names
+    and other shapes raise ValueError that lists them; `source` is what it names as their origin.
+    """
+    expected = module.state_dict(keep_vars=True)
+    tensors = dict(tensors)
+    ties = {id(expected[name]): name for name in tensors if name in expected}
+    for name, parameter in expected.items():
+        if name not in tensors and id(parameter) in ties:
+            tensors[name] = tensors[ties[id(parameter)]]
+
+    problems = []
+    if missing := sorted(expected.keys() - tensors.keys()):
+        problems.append(f"missing: {', '.join(missing)}")
+    if unexpected := sorted(tensors.keys() - expected.keys()):
+        problems.append(f"unexpected: {', '.join(unexpected)}")
+    problems += [
+        f"{name}: shape {tuple(tensors[name].shape)}, expected {tuple(expected[name].shape)}"
+        for name in sorted(expected.keys() & tensors.keys())
+        if tensors[name].shape != expected[name].shape
+    ]
+    if problems:
+        raise ValueError(
+            f"{source}: weights do not fit {type(module).__name__}: {'; '.join(problems)}"
+        )
+    module.load_state_dict(tensors, assign=assign)
+
+
+def write_backbone(
+    path: str | os.PathLike[str], config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> None:
+    """Writes a backbone's directory, weights first, so that a config never stands without them."""
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    save_weights(tensors, path / WEIGHTS_NAME)
+    header = {"format": FORMAT, "format_version": FORMAT_VERSION}
+    write_json(path / CONFIG_NAME, header | {"config": dict(config)})
+
+
+def read_backbone(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A backbone's config and weights from its directory.
+
+    Raises:
+        FileNotFoundError: no such directory, or a file missing in it.
+        ValueError: a damaged file, or a format that this version does not read.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise FileNotFoundError(
+            f"{path}: no such directory; expected one that save_pretrained wrote"
+        )
+    config_path = path / CONFIG_NAME
+    if not config_path.is_file():
+        found = ", ".join(sorted(entry.name for entry in path.iterdir())[:10]) or "nothing"
+        raise FileNotFoundError(f"{path}: no {CONFIG_NAME} in it, found {found}")
+    content = read_json(config_path)
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ValueError(f"{config_path}: expected format {FORMAT!r}, found {_describe(content)}")
+    if content.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"{config_path}: format_version {content.get('format_version')!r}, this version of "
+            f"mamba2_apps reads {FORMAT_VERSION}"
+        )
+    return content["config"], read_weights(path / WEIGHTS_NAME)
+
+
+def _describe(content: Any) -> str:
+    if not isinstance(content, dict):
+        return f"a JSON {type(content).__name__}"
+    for key in ("format", "model_type", "ssm_cfg"):
+        if key in content:
+            return f"{key}={content[key]!r}"
+    return f"the keys {', '.join(sorted(content)[:10]) or '(none)'}"
+
+
+def _identity(tensor: Tensor) -> tuple[Any, ...]:
+    if tensor.numel() == 0:
+        return (id(tensor),)
+    return (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
