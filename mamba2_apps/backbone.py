@@ -280,8 +280,9 @@ class Backbone(nn.Module):
     def reset_parameters(self) -> None:
         """Draws every parameter anew, for a backbone moved from the meta device by `to_empty`."""
         for module in reversed(list(self.modules())):  # parts before the whole that adjusts them
-            if module is not self and hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+            reset: Any = getattr(module, "reset_parameters", None)
+            if module is not self and reset is not None:
+                reset()
         self._scale_for_depth()
 
     @torch.no_grad()
@@ -412,7 +413,7 @@ class Backbone(nn.Module):
     def _check_state(self, state: BackboneState) -> None:
         if len(state) != self.config.n_layer:
             raise ValueError(
-                f"state: expected {self.config.n_layer} entries, one for each layer, got {len(state)}"
+                f"state: expected {self.config.n_layer} entries, one a layer, got {len(state)}"
             )
 
     def _require_causal(self, what: str) -> None:

@@ -7,7 +7,8 @@ batch b · seqlen l · nheads h · headdim p · ngroups g · dstate n · d_model
 """
 
 import math
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -362,7 +363,7 @@ class Mamba2(nn.Module):
             cu_seqlens=cu_seqlens,
             return_final_states=return_state,
         )
-        mixed, window = conv if return_state else (conv, None)
+        mixed, window = conv if return_state else (conv, xBC[:, :0])
         if padded is not None:
             window = last_inputs(xBC, before, padded, self.d_conv - 1)
         x, B, C = self._split_conv(mixed)
@@ -390,26 +391,27 @@ class Mamba2(nn.Module):
         """(b, l, h, p). Trailing padding stands before the data of the reverse direction."""
         if lengths is not None:
             xBC = xBC.masked_fill(~data_positions(lengths, xBC.shape[1])[..., None], 0)
-        bias = self.conv1d.bias
+        mixed: Any
         if self.conv_per_direction:
-            weights = self.conv1d.weight[:, 0].unflatten(0, (2, self.conv_dim))
-            biases = (None, None) if bias is None else bias.unflatten(0, (2, self.conv_dim))
-            mixed: Any = torch.stack(
-                [
-                    causal_conv1d(
-                        xBC,
-                        weights[i],
-                        biases[i],
-                        activation="silu",
-                        cu_seqlens=cu_seqlens,
-                        reverse=i == 1,
-                    )
-                    for i in (0, 1)
-                ]
-            )
+            both = [
+                causal_conv1d(
+                    xBC,
+                    weight,
+                    bias,
+                    activation="silu",
+                    cu_seqlens=cu_seqlens,
+                    reverse=reverse,
+                )
+                for weight, bias, reverse in self._conv_of_directions()
+            ]
+            mixed = torch.stack(cast(list[Tensor], both))
         else:
             mixed = causal_conv1d(
-                xBC, self.conv1d.weight[:, 0], bias, activation="silu", cu_seqlens=cu_seqlens
+                xBC,
+                self.conv1d.weight[:, 0],
+                self.conv1d.bias,
+                activation="silu",
+                cu_seqlens=cu_seqlens,
             )
         x, B, C = self._split_conv(mixed)
         dt, dt_options = self._step_sizes(dt, lengths)
@@ -417,6 +419,12 @@ class Mamba2(nn.Module):
             x, dt, self._decay_rates(), B, C, D=self._skip(), cu_seqlens=cu_seqlens, **dt_options
         )
         return y
+
+    def _conv_of_directions(self) -> Iterator[tuple[Tensor, Tensor | None, bool]]:
+        """Weight, bias and whether it runs in reverse, of each direction's own convolution."""
+        weights = self.conv1d.weight[:, 0].chunk(2)
+        biases = (None, None) if self.conv1d.bias is None else self.conv1d.bias.chunk(2)
+        return zip(weights, biases, (False, True), strict=True)
 
     def _step_sizes(self, dt: Tensor, lengths: Tensor | None) -> tuple[Tensor, dict[str, Any]]:
         """dt as the SSD takes it, (b, l, h) or (2, b, l, h), and how the SSD is to read it.
