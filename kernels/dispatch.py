@@ -1,5 +1,6 @@
 """Which backend runs an op, and the argument checks that all ops share."""
 
+import itertools
 import math
 import os
 
@@ -135,7 +136,7 @@ def check_cu_seqlens(cu_seqlens: Tensor, batch: int, seqlen: int, like: Tensor) 
         raise ValueError(f"x has batch size {batch}, expected 1 when cu_seqlens packs sequences")
     if can_read(cu_seqlens):
         values = cu_seqlens.tolist()
-        rises = all(a < b for a, b in zip(values, values[1:], strict=False))
+        rises = all(a < b for a, b in itertools.pairwise(values))
         if values[0] != 0 or values[-1] != seqlen or not rises:
             raise ValueError(
                 f"cu_seqlens is {_short(values)}, expected values that rise from 0 to {seqlen} "
