@@ -27,7 +27,7 @@ class AttentionState(NamedTuple):
     keys: Tensor  # (b, c, k, p), rotated
     values: Tensor  # (b, c, k, p)
     lengths: Tensor  # (b,) int64
-    conv: Tensor | None  # (b, d_conv - 1, (h + 2k) p) the convolution's last inputs
+    conv: Tensor  # (b, d_conv - 1, (h + 2k) p) the convolution's last inputs; (b, 0, …) without one
 
 
 class Attention(nn.Module):
@@ -115,7 +115,7 @@ class Attention(nn.Module):
         self.rotary_emb_interleaved = rotary_emb_interleaved
 
         kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
-        qkv_dim = head_dim * (num_heads + 2 * num_heads_kv)
+        qkv_dim = self.qkv_dim = head_dim * (num_heads + 2 * num_heads_kv)
         self.in_proj = nn.Linear(d_model, qkv_dim + mlp_dim, bias=qkv_proj_bias, **kwargs)
         if d_conv > 0:
             # Only its parameters are used: the convolution runs channels-last.
@@ -130,9 +130,7 @@ class Attention(nn.Module):
         weight = self.in_proj.weight
         empty = weight.new_zeros(batch_size, 0, self.num_heads_kv, self.head_dim)
         lengths = torch.zeros(batch_size, dtype=torch.int64, device=weight.device)
-        conv = None
-        if self.d_conv > 0:
-            conv = weight.new_zeros(batch_size, self.d_conv - 1, self.conv1d.out_channels)
+        conv = weight.new_zeros(batch_size, max(self.d_conv - 1, 0), self.qkv_dim)
         return AttentionState(empty, empty.clone(), lengths, conv)
 
     def forward(
@@ -184,9 +182,7 @@ class Attention(nn.Module):
         state: AttentionState | None,
         return_state: bool,
     ) -> tuple[Tensor, AttentionState | None]:
-        qkv, mlp = self.in_proj(u).split(
-            [self.in_proj.out_features - self.mlp_dim, self.mlp_dim], dim=-1
-        )
+        qkv, mlp = self.in_proj(u).split([self.qkv_dim, self.mlp_dim], dim=-1)
         qkv, window = self._convolve(qkv, lengths, cu_seqlens, state, return_state)
         heads = [self.num_heads, self.num_heads_kv, self.num_heads_kv]
         query, key, value = qkv.unflatten(-1, (sum(heads), self.head_dim)).split(heads, dim=2)
@@ -221,9 +217,9 @@ class Attention(nn.Module):
         cu_seqlens: Tensor | None,
         state: AttentionState | None,
         return_state: bool,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor]:
         if self.d_conv == 0:
-            return qkv, None
+            return qkv, qkv[:, :0]
         before = None if state is None else state.conv
         y, window = causal_conv1d(
             qkv,
