@@ -15,6 +15,7 @@ from .dispatch import (
     check_same_dtype,
     check_tensor,
     is_exporting,
+    no_autocast,
     resolve_backend,
 )
 
@@ -63,7 +64,8 @@ def causal_conv1d(
             x, weight, bias, activation, initial_states, cu_seqlens, reverse, return_final_states
         )
     else:
-        y, states = _torch(x, weight, bias, activation, initial_states, cu_seqlens, reverse)
+        with no_autocast(x):
+            y, states = _torch(x, weight, bias, activation, initial_states, cu_seqlens, reverse)
     return (y, states) if return_final_states else y
 
 

@@ -3,6 +3,7 @@
 import itertools
 import math
 import os
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -83,6 +84,14 @@ def autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) if t is not None and t.dtype != torch.float64 else t for t in tensors)
+
+
+def no_autocast(x: Tensor) -> AbstractContextManager[None]:
+    """Turns autocast off for x's device, where inner products would be cast to half again."""
+    device = x.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 def accumulate_dtype(x: Tensor) -> torch.dtype:

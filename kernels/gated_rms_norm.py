@@ -13,6 +13,7 @@ from .dispatch import (
     check_same_dtype,
     check_tensor,
     is_exporting,
+    no_autocast,
     resolve_backend,
 )
 
@@ -56,7 +57,8 @@ def gated_rms_norm(
     size = group_size or x.shape[-1]
     gate = None if z is None else z.to(wide)
     norm = _normalise if is_exporting() else normalise_and_gate
-    return norm(x.to(wide), weight.to(wide), gate, eps, size, norm_before_gate).to(x.dtype)
+    with no_autocast(x):
+        return norm(x.to(wide), weight.to(wide), gate, eps, size, norm_before_gate).to(x.dtype)
 
 
 def _check(x: Tensor, weight: Tensor, z: Tensor | None, eps: float, group_size: int | None) -> None:

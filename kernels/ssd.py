@@ -16,6 +16,7 @@ from .dispatch import (
     check_same_dtype,
     check_tensor,
     is_exporting,
+    no_autocast,
     resolve_backend,
 )
 
@@ -82,10 +83,11 @@ def ssd(
             dt_softplus, dt_limit, reverse, return_final_states,
         )  # fmt: skip
     else:
-        y, states = _ssd_torch(
-            x, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens,
-            dt_softplus, dt_limit, reverse,
-        )  # fmt: skip
+        with no_autocast(x):
+            y, states = _ssd_torch(
+                x, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens,
+                dt_softplus, dt_limit, reverse,
+            )  # fmt: skip
     return (y, states) if return_final_states else y
 
 
@@ -137,9 +139,10 @@ def ssd_bidirectional(
             dt_softplus, dt_limit, return_final_states,
         )  # fmt: skip
     else:
-        y, states = _ssd_bidirectional_torch(
-            x, dt, A, B, C, D, dt_bias, initial_states, cu_seqlens, dt_softplus, dt_limit
-        )
+        with no_autocast(x):
+            y, states = _ssd_bidirectional_torch(
+                x, dt, A, B, C, D, dt_bias, initial_states, cu_seqlens, dt_softplus, dt_limit
+            )
     return (y, states) if return_final_states else y
 
 
@@ -179,6 +182,11 @@ def ssd_step(
         from . import ssd_step_triton
 
         return ssd_step_triton.ssd_step(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit)
+    with no_autocast(x):
+        return _step_torch(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit)
+
+
+def _step_torch(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit):
     wide = accumulate_dtype(x)
     dt = _discretise(dt, dt_bias, dt_softplus, dt_limit, wide)
     xw, A, B, C = (t.to(wide) for t in (x, A, B, C))

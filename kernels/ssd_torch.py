@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .dispatch import no_autocast
 from .reference import semiseparable_mask, ssd_chunked
 
 CHUNK = 64
@@ -325,11 +326,12 @@ def ssd_scan_backward(
     grads = tuple(t.new_empty(t.shape) for t in (x, dt, B, C))
     dA, dinitial = torch.zeros_like(A), torch.empty_like(last)
     for rows, tokens, chunks in _sequences(x, cu_seqlens):
-        dA_rows, dinitial[rows] = _backward(
-            dy[:, tokens], None if dlast is None else dlast[rows],
-            *(t[:, tokens] for t in (x, dt)), A, *(t[:, tokens] for t in (B, C, y)),
-            states[:, chunks], last[rows], tuple(t[:, tokens] for t in grads),
-        )  # fmt: skip
+        with no_autocast(x):  # the caller's backward() may stand inside an autocast block
+            dA_rows, dinitial[rows] = _backward(
+                dy[:, tokens], None if dlast is None else dlast[rows],
+                *(t[:, tokens] for t in (x, dt)), A, *(t[:, tokens] for t in (B, C, y)),
+                states[:, chunks], last[rows], tuple(t[:, tokens] for t in grads),
+            )  # fmt: skip
         dA += dA_rows
     dx, ddt, dB, dC = grads
     return dx, ddt, dA, dB, dC, dinitial

@@ -219,13 +219,19 @@ def test_inputs_are_not_modified():
     assert all(torch.equal(before[k], t) for k, t in inputs.items())
 
 
-def test_autocast_computes_in_half_and_keeps_states():
-    inputs, options = variant_inputs("all", 1, 10, 2, 3, 1, 4)
-    inputs = {k: t.detach().float() for k, t in inputs.items()}
+def test_autocast_casts_the_inputs_and_nothing_else():
+    inputs, options = variant_inputs("all", 1, 70, 2, 3, 1, 4)
+    inputs = {k: t.detach().float().requires_grad_() for k, t in inputs.items()}
+    leaves = [*inputs.values()]
+    half = {k: t.bfloat16() if k in ("x", "dt", "B", "C", "z") else t for k, t in inputs.items()}
+    expected = ssd(**half, **options, return_final_states=True)
+    expected_gradients = gradients(expected, leaves)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        y, states = ssd(**inputs, **options, return_final_states=True)
-    assert y.dtype == torch.bfloat16
-    assert states.dtype == torch.float32
+        actual = ssd(**inputs, **options, return_final_states=True)
+        actual_gradients = gradients(actual, leaves)
+    assert [t.dtype for t in actual] == [torch.bfloat16, torch.float32]
+    for a, e in zip((*actual, *actual_gradients), (*expected, *expected_gradients), strict=True):
+        assert torch.equal(a, e)
 
 
 def test_registered_operators():
