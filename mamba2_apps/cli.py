@@ -1,0 +1,272 @@
+"""The console script `mamba2-apps`.
+
+Mistakes of the user end with one sentence on stderr and exit code 2, Ctrl-C with 130; with
+MAMBA2_APPS_DEBUG=1 a traceback comes too. Heavy imports wait until a command needs them.
+"""
+
+import argparse
+import csv
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+PROG = "mamba2-apps"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; return its exit code."""
+    words = sys.argv[1:] if argv is None else argv
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(words)
+    if rest and arguments.command != "train":
+        parser.error(f"unknown argument {rest[0]!r}; see {PROG} {arguments.command} --help")
+    arguments.overrides = rest
+    try:
+        return arguments.run_command(arguments)
+    except KeyboardInterrupt:
+        print(f"\n{PROG}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output left, as `head` does; a further flush must not complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if os.environ.get("MAMBA2_APPS_DEBUG", "0") == "1":
+            raise
+        return _fail(error)
+
+
+def _fail(error: Exception) -> int:
+    message = " ".join(str(error).split())
+    if isinstance(error, ValueError | TypeError | OSError):
+        print(f"{PROG}: {message}", file=sys.stderr)
+        return 2
+    print(
+        f"{PROG}: {type(error).__name__}: {message} (MAMBA2_APPS_DEBUG=1 shows where)",
+        file=sys.stderr,
+    )
+    return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=PROG, description="One Mamba-2 backbone for images, DNA and audio."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(
+        name: str, run: Callable[[argparse.Namespace], int], text: str, **options: Any
+    ) -> Any:
+        sub = commands.add_parser(name, help=text, description=text, **options)
+        sub.set_defaults(run_command=run)
+        return sub
+
+    command("recipes", _recipes, "list the recipes that ship with the package")
+
+    train = command(
+        "train",
+        _train,
+        "train a recipe, or continue a run; `train RECIPE --help` lists the recipe's keys",
+        usage=f"{PROG} train RECIPE [--run DIR] [--key value ...] | {PROG} train --resume RUN",
+        add_help=False,
+    )
+    train.add_argument("recipe", nargs="?", help="a shipped name, or the path of a YAML file")
+    train.add_argument("--run", type=Path, metavar="DIR", help="new directory to write to")
+    train.add_argument("--resume", type=Path, metavar="RUN", help="run to continue to its end")
+    train.add_argument("-h", "--help", action="store_true", help="show this help, or a recipe's")
+    train.set_defaults(parser=train)
+
+    evaluate = command("evaluate", _evaluate, "test a run on its recipe's test data")
+    evaluate.add_argument("run", type=Path, metavar="RUN")
+
+    predict = command("predict", _predict, "predict files or folders with a run")
+    predict.add_argument("run", type=Path, metavar="RUN")
+    predict.add_argument("inputs", nargs="+", metavar="INPUT", help="files or folders of them")
+    predict.add_argument("--output", type=Path, help="file to write (default: standard output)")
+    predict.add_argument(
+        "--format",
+        choices=("csv", "jsonl"),
+        help="default: jsonl for an --output that ends so, else csv",
+    )
+    predict.add_argument("--batch-size", type=int, default=64)
+    predict.add_argument(
+        "--device", help="such as cpu or cuda:0 (default: a GPU where there is one)"
+    )
+
+    command("info", _info, "versions, devices, and which backend computes the SSD on them")
+    return parser
+
+
+def _recipes(arguments: argparse.Namespace) -> int:
+    import yaml
+
+    from mamba2_apps import catalog
+
+    recipes = catalog.shipped()
+    width = max(map(len, recipes), default=0)
+    for name, path in recipes.items():
+        description = yaml.safe_load(path.read_text(encoding="utf-8"))["description"]
+        print(f"{name:<{width}}  {description}")
+    return 0
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    if arguments.help and arguments.recipe is None:
+        arguments.parser.print_help()
+        return 0
+    if (arguments.recipe is None) == (arguments.resume is None):
+        raise ValueError(
+            f"train takes a RECIPE or --resume RUN; `{PROG} recipes` lists the recipes"
+        )
+    if arguments.resume is not None:
+        if arguments.run is not None or arguments.overrides:
+            raise ValueError("--resume continues a run as it is and takes no other argument")
+        return _trained(arguments.resume, lambda run: _runs().resume(run))
+
+    from mamba2_apps import catalog
+
+    path = catalog.find(arguments.recipe)
+    if arguments.help:
+        from mamba2_apps import recipes
+
+        print(recipes.help_text(path))
+        return 0
+    run = arguments.run or _new_run(arguments.recipe)
+    return _trained(run, lambda run: _runs().train(path, run, arguments.overrides))
+
+
+def _trained(run: Path, job: Callable[[Path], dict[str, Any]]) -> int:
+    try:
+        metrics = job(run)
+    except KeyboardInterrupt:
+        print(
+            f"\n{PROG}: interrupted; continue with `{PROG} train --resume {run}`", file=sys.stderr
+        )
+        return 130
+
+    from mamba2_apps import reports
+
+    chosen = metrics["best_epoch"]["epoch"]
+    print(f"\ntest, with the weights of epoch {chosen} of {metrics['epochs']}:")
+    print(reports.comparison_table(metrics["test"], metrics["baselines"]))
+    print(f"\n{metrics['parameters']:,} parameters, {metrics['seconds']:.0f} s; results in {run}:")
+    for file in sorted(path.name for path in run.iterdir() if not path.name.startswith(".")):
+        print(f"  {file}")
+    print(f"predict with: {PROG} predict {run} INPUT...")
+    return 0
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    for name, value in _runs().evaluate(arguments.run).items():
+        print(f"{name:<20} {value:.4f}")
+    return 0
+
+
+def _predict(arguments: argparse.Namespace) -> int:
+    from mamba2_apps import predictor
+
+    if arguments.batch_size < 1:
+        raise ValueError(f"--batch-size is {arguments.batch_size}, expected at least 1")
+    model = predictor.load(arguments.run, arguments.device)
+    items = model.find(arguments.inputs)
+    unreadable = 0
+
+    def report(error: Exception) -> None:
+        nonlocal unreadable
+        unreadable += 1
+        print(f"{PROG}: {error}", file=sys.stderr)
+
+    answers = model.stream(items, batch_size=arguments.batch_size, on_error=report)
+    suffix = arguments.output.suffix if arguments.output else ""
+    layout = arguments.format or ("jsonl" if suffix in (".jsonl", ".json") else "csv")
+    with _output(arguments.output) as file:
+        _write_answers(answers, file, layout)
+    if unreadable:
+        print(f"{PROG}: {unreadable} of {len(items)} inputs could not be read", file=sys.stderr)
+    return 1 if unreadable == len(items) else 0
+
+
+def _write_answers(answers: Iterable[dict[str, Any]], file: TextIO, layout: str) -> None:
+    """JSON lines, or CSV whose columns spell nested names with a dot; a line per answer."""
+    if layout == "jsonl":
+        for answer in answers:
+            file.write(json.dumps(answer) + "\n")
+        return
+    writer = None
+    for answer in answers:
+        row = dict(_flat(answer))
+        if writer is None:
+            writer = csv.DictWriter(file, fieldnames=list(row), lineterminator="\n")
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def _flat(answer: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in answer.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", f"{value:.6g}" if isinstance(value, float) else value
+
+
+@contextmanager
+def _output(path: Path | None) -> Iterator[TextIO]:
+    """Standard output, or a file that appears when all of it is written."""
+    if path is None:
+        yield sys.stdout
+        sys.stdout.flush()
+        return
+    from mamba2_apps.files import replacing
+
+    with replacing(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
+        yield file
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    import torch
+
+    from mamba2_apps.kernels import dispatch
+
+    print(f"{'python':<14} {platform.python_version()}")
+    names = ("mamba2-apps", "torch", "triton", "timm", "lightning", "torchmetrics", "jsonargparse")
+    for name in (*names, "safetensors", "scikit-learn", "numpy"):
+        try:
+            print(f"{name:<14} {version(name)}")
+        except PackageNotFoundError:
+            print(f"{name:<14} not installed")
+    print(
+        f"{'cpu':<14} {torch.get_num_threads()} threads; backend {dispatch.describe_backend('cpu')}"
+    )
+    for index in range(torch.cuda.device_count()):
+        name = torch.cuda.get_device_name(index)
+        backend = dispatch.describe_backend(f"cuda:{index}")
+        print(f"{f'cuda:{index}':<14} {name}; backend {backend}")
+    if not torch.cuda.is_available():
+        print(f"{'cuda':<14} no device")
+    return 0
+
+
+def _runs() -> Any:
+    from mamba2_apps import runs
+
+    return runs
+
+
+def _new_run(recipe: str) -> Path:
+    """The first free directory runs/<recipe>-<number>."""
+    stem = recipe.removesuffix(".yaml").removesuffix(".yml").strip("/").replace("/", "-")
+    number = 1
+    while (run := Path("runs") / f"{stem}-{number}").exists():
+        number += 1
+    return run
+
+
+if __name__ == "__main__":
+    sys.exit(main())

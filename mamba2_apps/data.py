@@ -1,0 +1,217 @@
+"""What every domain's data shares: a contract between files and batches, and a reproducible order.
+
+A domain subclasses `Preprocessing` (one file to one tensor, saved with the RUN) and `DataModule`
+(labels and the three data sets). A sample is a dict with "inputs" (a tensor), "targets" where there
+are labels, and "mask" where lengths differ; a batch is the same with a leading axis b.
+
+Order and augmentation are functions of (seed, epoch, sample index) alone, so a run that was killed
+continues as if it had not been, whatever the number of workers.
+"""
+
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+
+Sample = dict[str, Any]
+
+
+class UnreadableInput(ValueError):  # noqa: N818
+    """One input cannot be read. The message names it and says what was expected."""
+
+
+@dataclass(kw_only=True)
+class Preprocessing(ABC):
+    """Turn one input into the tensor that the model was trained on; a dataclass of JSON values."""
+
+    @abstractmethod
+    def find(self, source: str) -> list[str]:
+        """Inputs under a path that a user gave: the file itself, or the files of a folder.
+
+        Raises ValueError, naming the path, where there are none.
+        """
+
+    @abstractmethod
+    def __call__(self, item: Any) -> Tensor:
+        """Decode and normalise one input. Raises UnreadableInput."""
+
+    def collate(self, samples: Sequence[Sample]) -> Sample:
+        """Stack samples into a batch."""
+        return default_collate(list(samples))
+
+
+class EpochSampler(Sampler[tuple[int, int]]):
+    """Yield (epoch, index) keys in an order that only the seed and the epoch decide.
+
+    Args:
+        size: samples in the data set.
+        seed: seed of the run.
+        epoch: first epoch, and `skip` the samples of it that were already seen by this rank.
+        rank: which of `world_size` disjoint shares to yield.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        *,
+        seed: int,
+        epoch: int = 0,
+        skip: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.size, self.seed, self.epoch, self.skip = size, seed, epoch, skip
+        self.rank, self.world_size = rank, world_size
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by Lightning before each epoch; a resumed epoch keeps its place."""
+        if epoch != self.epoch:
+            self.epoch, self.skip = epoch, 0
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.size)
+        share = order[self.rank :: self.world_size][: len(self)]
+        for index in share[self.skip :]:
+            yield self.epoch, int(index)
+
+    def __len__(self) -> int:
+        return self.size // self.world_size
+
+
+class AugmentedDataset(Dataset[Sample]):
+    """Apply `augment` with every random generator seeded by (seed, epoch, index).
+
+    Transforms of torchvision, timm and others draw from the global generators of torch, numpy and
+    Python: seeding these per sample makes any of them reproducible.
+    """
+
+    def __init__(
+        self, dataset: Dataset[Sample], augment: Callable[[Sample], Sample], seed: int
+    ) -> None:
+        self.dataset, self.augment, self.seed = dataset, augment, seed
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        epoch, index = key
+        seed_generators(self.seed, epoch, index)
+        return self.augment(self.dataset[index])
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+
+class DataModule(LightningDataModule, ABC):
+    """Data of one recipe. A subclass fills `labels`, `train_set`, `val_set`, `test_set` in `setup`.
+
+    Nothing is read before `setup`, so that a RUN predicts without its training data.
+
+    Args:
+        batch_size: samples per step and device.
+        num_workers: processes that read and augment; 0 does it in the training process.
+        seed: seed of order and augmentation, linked to the recipe's `seed`. Splits do not use it.
+    """
+
+    labels: list[str]
+    train_set: Dataset[Sample]
+    val_set: Dataset[Sample]
+    test_set: Dataset[Sample]
+
+    def __init__(self, *, batch_size: int = 64, num_workers: int = 0, seed: int = 0) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise ValueError(f"data.batch_size is {batch_size}, expected at least 1")
+        self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
+        self._epoch, self._batches_done = 0, 0
+
+    @property
+    @abstractmethod
+    def preprocessing(self) -> Preprocessing:
+        """What prediction must do to its inputs."""
+
+    def augment(self, sample: Sample) -> Sample:
+        """Random changes of one training sample, drawn from the global generators."""
+        return sample
+
+    def baselines(self) -> dict[str, dict[str, float]]:
+        """Test metrics of simple models on the same split, by name: what to beat."""
+        return {}
+
+    def train_dataloader(self) -> DataLoader[Sample]:
+        rank, world_size = (
+            (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        )
+        sampler = EpochSampler(
+            len(self.train_set),  # type: ignore[arg-type]
+            seed=self.seed,
+            epoch=self._epoch,
+            skip=self._batches_done * self.batch_size,
+            rank=rank,
+            world_size=world_size,
+        )
+        dataset = AugmentedDataset(self.train_set, self.augment, self.seed)
+        # A last, smaller batch would weigh its samples more; it is kept only where it is the first.
+        return self._loader(dataset, sampler=sampler, drop_last=len(sampler) >= self.batch_size)
+
+    def val_dataloader(self) -> DataLoader[Sample]:
+        return self._loader(self.val_set)
+
+    def test_dataloader(self) -> DataLoader[Sample]:
+        return self._loader(self.test_set)
+
+    def _loader(self, dataset: Dataset[Sample], **options: Any) -> DataLoader[Sample]:
+        return DataLoader(
+            dataset,
+            batch_size=self.batch_size,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            collate_fn=self.preprocessing.collate,
+            pin_memory=torch.cuda.is_available(),
+            # Its own generator: an iterator draws one number, which must not move the global one.
+            generator=torch.Generator().manual_seed(self.seed),
+            **options,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place in the data, saved with every checkpoint."""
+        loop = self.trainer.fit_loop  # type: ignore[union-attr]
+        done = loop.epoch_loop.batch_progress.current.ready % self.trainer.num_training_batches  # type: ignore[union-attr]
+        epoch = loop.epoch_progress.current.processed  # type: ignore[union-attr]
+        return {"epoch": epoch, "batches_done": int(done)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._epoch, self._batches_done = state_dict["epoch"], state_dict["batches_done"]
+
+
+def seed_generators(*key: int) -> int:
+    """Seed the CPU generators of torch, numpy and Python from non-negative integers.
+
+    Returns the one seed made of them.
+    """
+    seed = int(np.random.SeedSequence(key).generate_state(1)[0])
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)
+    return seed
+
+
+def files_under(source: str, suffixes: Sequence[str], what: str) -> list[str]:
+    """`source` itself when it is a file, or every file below it with one of `suffixes`, sorted.
+
+    Raises ValueError that names the path when it does not exist or holds none.
+    """
+    path = Path(source)
+    if path.is_dir():
+        found = sorted(str(p) for p in path.rglob("*") if p.suffix.lower() in suffixes)
+        if not found:
+            raise ValueError(f"{source} holds no {what} (expected {', '.join(suffixes)})")
+        return found
+    if not path.exists():
+        raise ValueError(f"{source} does not exist; expected {what} or a folder of them")
+    return [source]

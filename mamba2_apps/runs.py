@@ -1,0 +1,205 @@
+"""A RUN: the directory that one training job writes, and all that prediction needs.
+
+config.yaml         the recipe with every value resolved
+model.safetensors   weights of the best epoch (their moving average where the recipe keeps one)
+labels.json         names of the outputs
+preprocessing.json  what was done to the inputs
+metrics.json        test and validation metrics, beside baselines
+metrics.csv         one row per epoch
+curves.png, confusion.png, tensorboard/
+checkpoints/        last.ckpt and best.ckpt, for `train --resume`
+"""
+
+import json
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from pkgutil import resolve_name
+from typing import Any
+
+import safetensors.torch
+import torch
+from lightning import Trainer, seed_everything
+from lightning.pytorch.trainer.states import TrainerStatus
+from safetensors import SafetensorError
+
+from mamba2_apps import recipes, reports
+from mamba2_apps.data import Preprocessing
+from mamba2_apps.files import replacing, write_json, write_text
+from mamba2_apps.recipes import Recipe
+from mamba2_apps.tasks import Task
+from mamba2_apps.training import BEST, LAST, Recorder, build_trainer, quiet_lightning
+
+CONFIG, WEIGHTS, METRICS = "config.yaml", "model.safetensors", "metrics.json"
+LABELS, PREPROCESSING = "labels.json", "preprocessing.json"
+
+
+def train(recipe_path: Path, run: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Train a recipe into a new directory `run`; return what its metrics.json holds.
+
+    Raises ValueError for what is wrong in the recipe or where `run` is not empty, KeyboardInterrupt
+    when interrupted.
+    """
+    recipe, config = recipes.read(recipe_path, overrides)
+    if run.exists() and (not run.is_dir() or any(run.iterdir())):
+        raise ValueError(f"{run} exists; give another --run, or continue it with --resume {run}")
+    run.mkdir(parents=True, exist_ok=True)
+    write_text(run / CONFIG, config)
+    return _train(recipe, run)
+
+
+def resume(run: Path) -> dict[str, Any]:
+    """Continue a killed or interrupted run from its last checkpoint, to the same result."""
+    recipe, _ = recipes.read(_existing(run, CONFIG))
+    return _train(recipe, run)
+
+
+def evaluate(run: Path) -> dict[str, float]:
+    """Test the weights of a RUN on its recipe's test data; return the metrics."""
+    quiet_lightning()
+    recipe, _ = recipes.read(_existing(run, CONFIG))
+    task = read_task(run, recipe)
+    recipe.data.prepare_data()
+    recipe.data.setup("test")
+    if recipe.data.labels != task.labels:
+        raise ValueError(
+            f"the data has the labels {recipe.data.labels} and {run / LABELS} {task.labels}; "
+            "evaluate needs the data that the run was trained on"
+        )
+    return _test(recipe, task)
+
+
+def read_task(run: Path, recipe: Recipe) -> Task:
+    """The model of a finished RUN with its weights, in evaluation mode on the CPU."""
+    path = _existing(run, WEIGHTS)
+    labels = _read_json(run, LABELS)
+    task = recipe.task(recipe.model(len(labels)), labels, recipe.optimizer)
+    try:
+        safetensors.torch.load_model(task.model, path)
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(
+            f"{path} is damaged or not of the model in {run / CONFIG} ({_first_line(error)}); "
+            f"`mamba2-apps train --resume {run}` writes it again from {BEST}"
+        ) from error
+    return task.eval()
+
+
+def read_preprocessing(run: Path) -> Preprocessing:
+    """The preprocessing that a RUN was trained with."""
+    saved = _read_json(run, PREPROCESSING)
+    try:
+        return resolve_name(saved["class_path"])(**saved["init_args"])
+    except (KeyError, TypeError, AttributeError, ImportError) as error:
+        raise ValueError(f"{run / PREPROCESSING} is damaged: {_first_line(error)}") from error
+
+
+def _train(recipe: Recipe, run: Path) -> dict[str, Any]:
+    quiet_lightning()
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    started = time.monotonic()
+    data = recipe.data
+    data.prepare_data()
+    data.setup("fit")
+    seed_everything(recipe.seed, verbose=False)
+    task = recipe.task(recipe.model(len(data.labels)), data.labels, recipe.optimizer)
+    write_json(run / LABELS, data.labels)
+    preprocessing = data.preprocessing
+    class_path = f"{type(preprocessing).__module__}.{type(preprocessing).__qualname__}"
+    write_json(run / PREPROCESSING, {"class_path": class_path, "init_args": asdict(preprocessing)})
+    recorder = _fit(recipe, task, run)
+    return _finish(recipe, task, run, recorder, time.monotonic() - started)
+
+
+def _fit(recipe: Recipe, task: Task, run: Path) -> Recorder:
+    last = run / LAST
+    step = _read_checkpoint(last)["global_step"] if last.exists() else 0
+    trainer = build_trainer(recipe.trainer, run=run, seed=recipe.seed, first_step=step)
+    try:
+        trainer.fit(task, datamodule=recipe.data, ckpt_path=last if last.exists() else None)
+    except SystemExit:
+        # Lightning turns Ctrl-C into an exit.
+        if trainer.state.status == TrainerStatus.INTERRUPTED:
+            raise KeyboardInterrupt from None
+        raise
+    return next(c for c in trainer.callbacks if isinstance(c, Recorder))  # type: ignore[attr-defined]
+
+
+def _finish(
+    recipe: Recipe, task: Task, run: Path, recorder: Recorder, seconds: float
+) -> dict[str, Any]:
+    """Write the weights of the best epoch, test them, and report."""
+    task.load_state_dict(_read_checkpoint(run / BEST)["state_dict"])
+    task.cpu()
+    with replacing(run / WEIGHTS) as partial:
+        safetensors.torch.save_model(task.model, str(partial))
+    recorder.write_table()  # the run may have been killed between its last checkpoint and its table
+    reports.learning_curves(recorder.history, recorder.best_epoch, run / "curves.png")
+    best = next(row for row in recorder.history if row["epoch"] == recorder.best_epoch)
+    metrics = {
+        "test": _test(recipe, task),
+        "baselines": recipe.data.baselines(),
+        "best_epoch": best,
+        "epochs": len(recorder.history),
+        "parameters": sum(p.numel() for p in task.model.parameters()),
+        "seed": recipe.seed,
+        "seconds": round(seconds, 1),
+    }
+    task.report(run)
+    write_json(run / METRICS, metrics)
+    return metrics
+
+
+def _test(recipe: Recipe, task: Task) -> dict[str, float]:
+    trainer = Trainer(
+        accelerator=recipe.trainer.accelerator,
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    (metrics,) = trainer.test(task, datamodule=recipe.data, verbose=False)
+    return {name.removeprefix("test/"): value for name, value in metrics.items()}
+
+
+def _existing(run: Path, name: str) -> Path:
+    """The path of a RUN's file. Raises ValueError that says what is missing and what to do."""
+    if not run.is_dir():
+        raise ValueError(f"{run} is not a RUN directory (it does not exist or is a file)")
+    path = run / name
+    if not path.is_file():
+        if not (run / CONFIG).is_file():
+            fix = "it is not a RUN of mamba2-apps, or restore the file from a copy"
+        else:
+            fix = (
+                "training has not finished, or the file was removed: "
+                f"run `mamba2-apps train --resume {run}`"
+            )
+        raise ValueError(f"{run} has no {name}; {fix}")
+    return path
+
+
+def _read_json(run: Path, name: str) -> Any:
+    path = _existing(run, name)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is damaged ({error}); `mamba2-apps train --resume {run}` writes it again"
+        ) from error
+
+
+def _read_checkpoint(path: Path) -> dict[str, Any]:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(
+            f"{path} is missing or damaged ({_first_line(error)}); restore it from a copy, "
+            "or remove the RUN and train again"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

@@ -1,0 +1,236 @@
+"""Assembly of Lightning's Trainer, and the callbacks that make a killed run continue exactly.
+
+Lightning saves weights, optimizer, schedule and progress. What it leaves out is covered here:
+random numbers are a function of (seed, epoch, batch), the place in the data is kept by
+`DataModule`, metric states by `Task`, and the table of epochs by `Recorder`.
+"""
+
+import csv
+import io
+import math
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import (
+    Callback,
+    Checkpoint,
+    EarlyStopping,
+    EMAWeightAveraging,
+    RichProgressBar,
+)
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from mamba2_apps.data import seed_generators
+from mamba2_apps.files import replacing, write_text
+
+LAST, BEST = Path("checkpoints/last.ckpt"), Path("checkpoints/best.ckpt")
+METRICS_TABLE = "metrics.csv"
+PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed"}
+
+
+@dataclass(kw_only=True)
+class TrainerConfig:
+    """How long, on what and how precisely to train.
+
+    Args:
+        max_epochs: passes over the training data.
+        precision: fp32, or bf16 for bfloat16 autocast over float32 weights.
+        accelerator: cpu, gpu, or auto for a GPU where there is one.
+        devices: number of devices.
+        gradient_clip: largest gradient norm; null does not clip.
+        accumulate_batches: batches per optimizer step.
+        ema_decay: decay of an exponential moving average of the weights, which is then what is
+            validated, saved and used; null uses the weights themselves.
+        monitor: what chooses the best epoch, such as val/loss.
+        mode: whether the smallest or the largest value is best.
+        early_stop_patience: epochs without improvement after which training ends; null: never.
+        checkpoint_every_n_steps: optimizer steps between checkpoints within an epoch; one is saved
+            at every epoch's end too.
+        deterministic: only deterministic algorithms on the GPU; the CPU's are.
+    """
+
+    max_epochs: int = 10
+    precision: Literal["fp32", "bf16"] = "fp32"
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    devices: int = 1
+    gradient_clip: float | None = 1.0
+    accumulate_batches: int = 1
+    ema_decay: float | None = None
+    monitor: str = "val/loss"
+    mode: Literal["min", "max"] = "min"
+    early_stop_patience: int | None = None
+    checkpoint_every_n_steps: int = 500
+    deterministic: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("max_epochs", "devices", "accumulate_batches", "checkpoint_every_n_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"trainer.{name} is {getattr(self, name)}, expected at least 1")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(f"trainer.ema_decay is {self.ema_decay}, expected 0 to 1, or null")
+
+
+def build_trainer(config: TrainerConfig, *, run: Path, seed: int, first_step: int = 0) -> Trainer:
+    """A Trainer that writes checkpoints, curves and logs into the folder `run`.
+
+    Args:
+        first_step: optimizer step of the checkpoint to resume from; later events are dropped from
+            the TensorBoard log.
+    """
+    bar = sys.stderr.isatty()
+    callbacks: list[Callback] = [SeedEveryBatch(seed), Recorder(run, config, lines=not bar)]
+    if bar:
+        callbacks.append(RichProgressBar(console_kwargs={"stderr": True}))
+    if config.ema_decay is not None:
+        callbacks.append(EMAWeightAveraging(decay=config.ema_decay))
+    if config.early_stop_patience is not None:
+        callbacks.append(
+            EarlyStopping(config.monitor, mode=config.mode, patience=config.early_stop_patience)
+        )
+    logger = TensorBoardLogger(run, name="tensorboard", version="", purge_step=first_step)
+    return Trainer(
+        accelerator=config.accelerator,
+        devices=config.devices,
+        precision=PRECISIONS[config.precision],  # type: ignore[arg-type]
+        max_epochs=config.max_epochs,
+        gradient_clip_val=config.gradient_clip,
+        accumulate_grad_batches=config.accumulate_batches,
+        deterministic=config.deterministic,
+        callbacks=callbacks,
+        logger=logger,
+        plugins=[SyncedCheckpointIO()],
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        enable_progress_bar=bar,
+        enable_model_summary=False,
+        default_root_dir=run,
+    )
+
+
+def quiet_lightning() -> None:
+    """Drop Lightning's advice that does not apply here; its other warnings stay."""
+    for message in (
+        ".*does not have many workers.*",
+        ".*is smaller than the logging interval.*",
+        ".*your dataloader is not resumable.*",
+        ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
+        ".*The ``compute`` method of metric .* was called before the ``update``.*",
+    ):
+        warnings.filterwarnings("ignore", message)
+
+
+class SyncedCheckpointIO(TorchCheckpointIO):
+    """Write a checkpoint beside its final name, sync and rename it, so that one is always whole."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
+    ) -> None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as partial:
+            torch.save(checkpoint, partial)
+
+
+class SeedEveryBatch(Callback):
+    """Make dropout and the like a function of (seed, epoch, batch, rank): no state to keep."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def on_train_batch_start(
+        self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        key = (self.seed, trainer.current_epoch, batch_idx, trainer.global_rank)
+        torch.manual_seed(seed_generators(*key))  # on every device
+
+
+class Recorder(Checkpoint):
+    """Keep the table of epochs, choose the best epoch, and save the checkpoints last and best.
+
+    Lightning's ModelCheckpoint ties its state to an absolute path, and may save after an epoch's
+    last batch, from where a resumed run skips the validation; its CSVLogger starts its file afresh.
+    Here `last` is saved every few steps before an epoch's end and when an epoch, with its
+    validation and its row in the table, is complete. Lightning runs Checkpoint callbacks last.
+    """
+
+    def __init__(self, run: Path, config: TrainerConfig, *, lines: bool) -> None:
+        self.run, self.config, self.lines = run, config, lines
+        self.history: list[dict[str, Any]] = []
+        self.best_epoch: int | None = None
+        self.best_score = math.inf if config.mode == "min" else -math.inf
+        self.stopped = False
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        trainer.should_stop = self.stopped
+
+    def on_train_batch_end(
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        interval = self.config.checkpoint_every_n_steps * self.config.accumulate_batches
+        done = batch_idx + 1
+        if done % interval == 0 and done < trainer.num_training_batches:
+            trainer.save_checkpoint(self.run / LAST)
+
+    def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
+        values = {k: v.item() for k, v in trainer.callback_metrics.items() if "/" in k}
+        row = {
+            "epoch": trainer.current_epoch + 1,
+            "step": trainer.global_step,
+            "lr": trainer.optimizers[0].param_groups[0]["lr"],
+            **values,
+        }
+        score = self._score(values)
+        self.history.append(row)
+        self.stopped = trainer.should_stop
+        better = score < self.best_score if self.config.mode == "min" else score > self.best_score
+        if better:
+            self.best_score, self.best_epoch = score, row["epoch"]
+            trainer.save_checkpoint(self.run / BEST)
+        trainer.save_checkpoint(self.run / LAST)
+        if trainer.is_global_zero:
+            self.write_table()
+            if self.lines:
+                print(self._line(row, better), file=sys.stderr, flush=True)
+
+    def write_table(self) -> None:
+        """Write one row per epoch into the RUN."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, fieldnames=list(self.history[-1]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.history)
+        write_text(self.run / METRICS_TABLE, text.getvalue())
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "history": self.history,
+            "best_epoch": self.best_epoch,
+            "best_score": self.best_score,
+            "stopped": self.stopped,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.history = state_dict["history"]
+        self.best_epoch, self.best_score = state_dict["best_epoch"], state_dict["best_score"]
+        self.stopped = state_dict["stopped"]
+
+    def _score(self, values: dict[str, float]) -> float:
+        """The monitored value. Raises ValueError where it is unknown or not finite."""
+        monitor = self.config.monitor
+        if monitor not in values:
+            raise ValueError(f"trainer.monitor is {monitor!r}, expected one of {sorted(values)}")
+        if not math.isfinite(values[monitor]):
+            raise ValueError(
+                f"{monitor} is {values[monitor]} after epoch {len(self.history) + 1}: training "
+                "diverged; lower --optimizer.lr, lengthen --optimizer.warmup_epochs or set "
+                "--trainer.precision fp32"
+            )
+        return values[monitor]
+
+    def _line(self, row: dict[str, Any], better: bool) -> str:
+        values = "  ".join(f"{k} {v:.4f}" for k, v in row.items() if "/" in k)
+        return f"epoch {row['epoch']}/{self.config.max_epochs}  {values}{'  *' if better else ''}"

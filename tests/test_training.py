@@ -1,0 +1,186 @@
+"""Training: checkpoints that are always whole, and a killed run that ends as if it had not been."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mamba2_apps import catalog, files, runs
+from mamba2_apps.training import BEST, LAST, SyncedCheckpointIO, TrainerConfig
+from mamba2_apps.vision.data import Digits
+
+# Dropped paths, augmentation, EMA, early stopping, clipping and accumulation: all that has a state.
+SMALL = [
+    "--model.backbone.d_model=16",
+    "--model.backbone.n_layer=2",
+    "--model.backbone.headdim=16",
+    "--model.backbone.drop_path=0.3",
+    "--data.batch_size=128",
+    "--trainer.accelerator=cpu",
+    "--trainer.max_epochs=3",
+    "--trainer.ema_decay=0.9",
+    "--trainer.early_stop_patience=2",
+    "--optimizer.warmup_epochs=0.5",
+]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def train(run: Path, *overrides: str) -> dict:
+    return runs.train(catalog.find("vision/digits"), run, [*SMALL, *overrides])
+
+
+def result(run: Path) -> tuple[dict, dict, list]:
+    """Final weights, metrics and the table of epochs."""
+    metrics = json.loads((run / runs.METRICS).read_text())
+    del metrics["seconds"]
+    rows = list(csv.DictReader((run / "metrics.csv").open()))
+    return load_file(run / runs.WEIGHTS), metrics, rows
+
+
+def assert_same_result(run: Path, expected: Path) -> None:
+    (weights, metrics, rows), (weights0, metrics0, rows0) = result(run), result(expected)
+    assert metrics == metrics0
+    assert rows == rows0
+    assert weights.keys() == weights0.keys()
+    for name, weight in weights.items():
+        assert torch.equal(weight, weights0[name]), name
+
+
+@pytest.mark.parametrize(
+    ("options", "expected_epochs"),
+    [
+        (["--trainer.accumulate_batches=2"], 3),
+        (["--data.num_workers=1", "--trainer.ema_decay=null"], 3),
+        (["--trainer.mode=max", "--trainer.early_stop_patience=1"], 2),
+    ],
+    ids=["accumulation", "workers", "early-stop"],
+)
+def test_resumes_bitwise_from_every_checkpoint(tmp_path, monkeypatch, options, expected_epochs):
+    kept: list[Path] = []
+    save = SyncedCheckpointIO.save_checkpoint
+
+    def save_and_keep(self, checkpoint, path, storage_options=None):
+        save(self, checkpoint, path, storage_options)
+        if Path(path).name == LAST.name:
+            kept.append(tmp_path / f"killed{len(kept)}")
+            shutil.copytree(tmp_path / "whole", kept[-1])
+
+    monkeypatch.setattr(Digits, "baselines", lambda self: {})
+    with monkeypatch.context() as patch:
+        patch.setattr(SyncedCheckpointIO, "save_checkpoint", save_and_keep)
+        train(tmp_path / "whole", "--trainer.checkpoint_every_n_steps=3", *options)
+    places = [torch.load(run / LAST)["Digits"] for run in kept]
+    assert {place["epoch"] for place in places} == set(range(expected_epochs + 1))
+    assert any(place["batches_done"] for place in places), "no checkpoint within an epoch"
+    for run in kept[1::2] + kept[-1:]:
+        runs.resume(run)
+        assert_same_result(run, tmp_path / "whole")
+
+
+def test_killed_and_resumed_equals_uninterrupted(tmp_path):
+    options = [*SMALL, "--data.batch_size=32", "--trainer.checkpoint_every_n_steps=1"]
+    run = tmp_path / "killed"
+    command = [sys.executable, "-m", "mamba2_apps.cli", "train"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [*command, "vision/digits", "--run", run, *options],
+        env=environment,
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+    # Within the second of three epochs, after its first checkpoints.
+    assert "epoch 1/3" in process.stderr.readline()
+    time.sleep(0.2)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stderr.close()
+    assert torch.load(run / LAST)["global_step"] < 3 * 35
+    assert not (run / runs.WEIGHTS).exists()
+    subprocess.run(
+        [*command, "--resume", run], env=environment, cwd=tmp_path, check=True, capture_output=True
+    )
+    runs.train(catalog.find("vision/digits"), tmp_path / "whole", options)
+    assert_same_result(run, tmp_path / "whole")
+
+
+def test_killed_before_the_first_checkpoint_starts_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(Digits, "baselines", lambda self: {})
+    train(tmp_path / "whole", "--trainer.max_epochs=2")
+    (tmp_path / "killed").mkdir()
+    shutil.copy(tmp_path / "whole" / runs.CONFIG, tmp_path / "killed")
+    runs.resume(tmp_path / "killed")
+    assert_same_result(tmp_path / "killed", tmp_path / "whole")
+
+
+def test_a_file_is_whole_or_what_it_was(tmp_path):
+    path = tmp_path / "weights"
+    files.write_text(path, "old")
+
+    def fail_half_way():
+        with files.replacing(path) as partial:
+            partial.write_text("ne")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail_half_way()
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["weights"]
+
+
+def test_a_checkpoint_is_synced_before_it_gets_its_name(tmp_path, monkeypatch):
+    events = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (events.append("sync"), fsync(fd)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (events.append("rename"), replace(a, b)))
+    SyncedCheckpointIO().save_checkpoint({"a": torch.ones(2)}, tmp_path / "new" / "last.ckpt")
+    assert events == ["sync", "rename", "sync"]
+    assert torch.load(tmp_path / "new" / "last.ckpt")["a"].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("max_epochs", 0), ("devices", 0), ("ema_decay", 1.0), ("checkpoint_every_n_steps", 0)],
+)
+def test_impossible_trainer_values_are_named(key, value):
+    with pytest.raises(ValueError, match=rf"trainer\.{key} is {value}"):
+        TrainerConfig(**{key: value})
+
+
+def test_divergence_and_a_wrong_monitor_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"trainer\.monitor is 'val/acuracy', expected one of"):
+        train(
+            tmp_path / "monitor",
+            "--trainer.monitor=val/acuracy",
+            "--trainer.early_stop_patience=null",
+        )
+    with pytest.raises(ValueError, match=r"training diverged; lower --optimizer\.lr"):
+        train(tmp_path / "lr", "--optimizer.lr=1e30", "--trainer.early_stop_patience=null")
+
+
+def test_the_best_epoch_is_what_is_saved(tmp_path, monkeypatch):
+    monkeypatch.setattr(Digits, "baselines", lambda self: {})
+    metrics = train(tmp_path / "run", "--trainer.ema_decay=null")
+    rows = list(csv.DictReader((tmp_path / "run" / "metrics.csv").open()))
+    best = min(rows, key=lambda row: float(row["val/loss"]))
+    assert metrics["best_epoch"]["epoch"] == int(best["epoch"])
+    state = torch.load(tmp_path / "run" / BEST)["state_dict"]
+    for name, weight in load_file(tmp_path / "run" / runs.WEIGHTS).items():
+        assert torch.equal(weight, state[f"model.{name}"])

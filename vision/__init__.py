@@ -1,0 +1,1 @@
+"""Images: a picture becomes a row-major sequence of patches."""
