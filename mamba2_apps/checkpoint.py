@@ -88,9 +88,10 @@ def load_weights(
 ) -> None:
     """Loads tensors into a module that has exactly these, bit by bit.
 
-    assign puts the tensors themselves in place, with their type and device, so a module on the meta
-    device can be loaded. A tied parameter needs one of its names only. Missing and unexpected names
-    and other shapes raise ValueError that lists them; `source` is what it names as their origin.
+    A tied parameter needs one of its names only. assign puts the tensors themselves in place, with
+    their type and device, so that a module on the meta device can be loaded; ties come apart then.
+    Missing and unexpected names and other shapes raise ValueError that lists them; `source` is what
+    it names as their origin.
     """
     expected = module.state_dict(keep_vars=True)
     tensors = dict(tensors)
