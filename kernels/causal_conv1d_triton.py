@@ -26,7 +26,8 @@ from torch import Tensor
 
 TILE_TOKENS = 32  # forward: tokens a program
 RUNS = 8  # backward: runs a program; fewer for wide filters, whose taps take the registers
-STRETCH = 4  # backward: tokens of a run that are loaded at once
+STRETCH = 4  # backward: tokens of a run that are loaded at once; 1 for filters wider than 4 taps,
+# whose unrolled code would take many seconds to compile
 MAX_RUN = 32  # backward: tokens a run; shorter where that leaves too few programs to fill a GPU
 MIN_RUN = 8
 MANY_PROGRAMS = 1024
@@ -504,7 +505,7 @@ def _backward(
             SILU=silu,
             REVERSE=reverse,
             RUNS=runs,
-            STRETCH=STRETCH,
+            STRETCH=STRETCH if width <= 4 else 1,
             CHANNELS=channels,
             SLOTS=triton.next_power_of_2(width),
             num_warps=4,
