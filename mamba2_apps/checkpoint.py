@@ -6,8 +6,7 @@ file or the new one, never a part.
 
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,35 +15,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from mamba2_apps.files import replacing, write_json
+
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
 FORMAT = "mamba2_apps.Backbone"
 FORMAT_VERSION = 1
-
-
-@contextmanager
-def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yields a path beside `path` to write to; on success that file is synced and takes its name.
-
-    On an exception the partial file is removed and `path` is as it was.
-    """
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        yield partial
-        _sync(partial)
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    _sync(path.parent)
-
-
-def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Writes strict JSON (no NaN or Infinity), indented, atomically."""
-    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
-    with atomic_write(path) as partial:
-        partial.write_text(text, encoding="utf-8")
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
@@ -65,7 +41,7 @@ def save_weights(tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) ->
         if key not in seen:
             seen.add(key)
             kept[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-    with atomic_write(path) as partial:
+    with replacing(Path(path)) as partial:
         save_file(kept, partial, metadata={"format": "pt"})
 
 
@@ -168,11 +144,3 @@ def _identity(tensor: Tensor) -> tuple[Any, ...]:
     if tensor.numel() == 0:
         return (id(tensor),)
     return (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -288,6 +288,22 @@ def test_carried_states_compile_without_graph_breaks():
     torch._dynamo.reset()
 
 
+def test_exports_to_plain_torch_operations():
+    backbone = make(HYBRID | {"bidirectional": True}).eval()
+    x, mask = padded_batch()
+    batch = torch.export.Dim("batch")
+    program = torch.export.export(
+        backbone,
+        (x,),
+        {"mask": mask},
+        dynamic_shapes={"embeddings": {0: batch}, "mask": {0: batch}},
+    )
+    calls = [node.target for node in program.graph.nodes if node.op == "call_function"]
+    assert {target.namespace for target in calls if hasattr(target, "namespace")} == {"aten"}
+    exported = program.module()(x[:4], mask=mask[:4])
+    torch.testing.assert_close(exported, backbone(x[:4], mask=mask[:4]), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("options", KINDS.values(), ids=KINDS)
 def test_copies_and_pickles(options):
     backbone = make(options)

@@ -8,14 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mamba2_apps.backbone import Backbone, BackboneConfig
-from mamba2_apps.checkpoint import (
-    atomic_write,
-    load_weights,
-    read_json,
-    read_weights,
-    save_weights,
-    write_json,
-)
+from mamba2_apps.checkpoint import load_weights, read_weights, save_weights
 from mamba2_apps.heads import LanguageModelHead
 
 
@@ -57,23 +50,18 @@ def test_saving_again_replaces_and_touches_nothing_else(backbone, tmp_path):
     assert len(list(tmp_path.iterdir())) == 3
 
 
-def test_a_write_that_fails_leaves_the_old_file(tmp_path):
-    path = tmp_path / "file.json"
-    write_json(path, {"old": 1})
+def test_a_save_that_is_killed_leaves_the_old_checkpoint(backbone, tmp_path, monkeypatch):
+    backbone.save_pretrained(tmp_path)
+    kept = {f.name: f.read_bytes() for f in tmp_path.iterdir()}
 
-    def fail():
-        with atomic_write(path) as partial:
-            partial.write_text("half")
-            assert read_json(path) == {"old": 1}
-            raise KeyboardInterrupt
+    def half(tensors, path, **_):
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
 
+    monkeypatch.setattr("mamba2_apps.checkpoint.save_file", half)
     with pytest.raises(KeyboardInterrupt):
-        fail()
-    assert read_json(path) == {"old": 1}
-    assert [f.name for f in tmp_path.iterdir()] == ["file.json"]
-    with pytest.raises(ValueError, match="JSON compliant"):
-        write_json(path, {"new": float("inf")})
-    assert read_json(path) == {"old": 1}
+        backbone.bfloat16().save_pretrained(tmp_path)
+    assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == kept
 
 
 def test_tied_parameters_are_stored_once(tmp_path):

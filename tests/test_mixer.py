@@ -226,6 +226,19 @@ def test_packed_sequences_do_not_see_each_other(options):
     torch.testing.assert_close(mixer(u, cu_seqlens=bounds), separate, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("options", CAUSAL.values(), ids=CAUSAL)
+def test_gradients_flow_through_carried_states(options):
+    mixer = make(options)
+    u = torch.randn(2, 12, D_MODEL, dtype=torch.float64, requires_grad=True)
+    parameters = [u, *mixer.parameters()]
+    expected = torch.autograd.grad(mixer(u)[:, 2:].sin().sum(), parameters)
+    _, state = mixer(u[:, :2], return_state=True)
+    second, state = mixer(u[:, 2:11], state=state, return_state=True)
+    last, _ = mixer.step(u[:, 11], state)
+    grads = torch.autograd.grad(second.sin().sum() + last.sin().sum(), parameters)
+    torch.testing.assert_close(grads, expected, rtol=1e-8, atol=1e-10)
+
+
 def test_packed_sequences_carry_their_states():
     mixer = make()
     first, second = torch.randn(2, 1, 9, D_MODEL, dtype=torch.float64)
