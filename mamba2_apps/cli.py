@@ -260,8 +260,9 @@ def _runs() -> Any:
 
 
 def _new_run(recipe: str) -> Path:
-    """The first free directory runs/<recipe>-<number>."""
-    stem = recipe.removesuffix(".yaml").removesuffix(".yml").strip("/").replace("/", "-")
+    """The first free directory runs/<name>-<number>."""
+    path = Path(recipe)
+    stem = path.stem if path.suffix in (".yaml", ".yml") else recipe.replace("/", "-")
     number = 1
     while (run := Path("runs") / f"{stem}-{number}").exists():
         number += 1

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mamba2_apps import recipes, runs
+from mamba2_apps import runs
 from mamba2_apps.data import Preprocessing, UnreadableInput
 from mamba2_apps.tasks import Task
 
@@ -23,14 +23,13 @@ def load(run: str | PathLike[str], device: str | torch.device | None = None) -> 
         device: where to compute; None picks a GPU where there is one.
 
     Raises:
-        ValueError: a file of the RUN is missing or damaged; the message names it and the way out.
+        ValueError: a file of the RUN is missing or damaged (the message names it and the way out),
+            or the device is not there.
     """
     run = Path(run)
     preprocessing = runs.read_preprocessing(run)
-    task = runs.read_task(run, recipes.read(run / runs.CONFIG)[0])
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Predictor(task, preprocessing, torch.device(device))
+    task = runs.read_task(run, runs.read_recipe(run))
+    return Predictor(task, preprocessing, _device(device))
 
 
 class Predictor:
@@ -118,3 +117,16 @@ class Predictor:
                 on_error(error)
                 continue
             yield (item if isinstance(item, str) else position), tensor
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    """Raises ValueError for what is no device, or a GPU where there is none."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device is {device!r}, expected such as cpu or cuda:0") from error
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device is {device!r}; this machine has {torch.cuda.device_count()} GPUs")
+    return found

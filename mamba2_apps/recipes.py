@@ -112,13 +112,16 @@ def _is_below_a_class_path(key: str, overrides: Sequence[str]) -> bool:
 
 def _explain(error: Exception, names: set[str]) -> str:
     """The innermost cause that jsonargparse reports, in one line."""
-    text = " ".join(str(error).split())
-    if unknown := re.search(
-        r"(?:Key|Option|option) ['\"]?([\w.]+)['\"]? is not (?:accepted|expected)", text
-    ):
-        return f"unknown key {unknown[1]!r}; {_nearest(unknown[1], names)}"
+    text = " ".join(str(error).split()).split(" Got value: Namespace(")[0]
+    unknown = re.search(
+        r"does not accept option '([\w.]+)'|(?:Key|Option) '([\w.]+)' is not (?:accepted|expected)",
+        text,
+    )
+    if unknown:
+        key = unknown[1] or unknown[2]
+        return f"unknown key {key!r}; {_nearest(key, names)}"
     where = re.findall(r'Parser key "([\w.]+)":', text)
-    cause = re.split(r'Parser key "[\w.]+":|Problem with given class_path \S+:', text)[-1].strip()
+    cause = re.split(r'Parser key "[\w.]+":', text)[-1].strip()
     return f"{'.'.join(where)}: {cause}" if where else cause
 
 

@@ -52,14 +52,13 @@ def train(recipe_path: Path, run: Path, overrides: Sequence[str] = ()) -> dict[s
 
 def resume(run: Path) -> dict[str, Any]:
     """Continue a killed or interrupted run from its last checkpoint, to the same result."""
-    recipe, _ = recipes.read(_existing(run, CONFIG))
-    return _train(recipe, run)
+    return _train(read_recipe(run), run)
 
 
 def evaluate(run: Path) -> dict[str, float]:
     """Test the weights of a RUN on its recipe's test data; return the metrics."""
     quiet_lightning()
-    recipe, _ = recipes.read(_existing(run, CONFIG))
+    recipe = read_recipe(run)
     task = read_task(run, recipe)
     recipe.data.prepare_data()
     recipe.data.setup("test")
@@ -69,6 +68,11 @@ def evaluate(run: Path) -> dict[str, float]:
             "evaluate needs the data that the run was trained on"
         )
     return _test(recipe, task)
+
+
+def read_recipe(run: Path) -> Recipe:
+    """The recipe that a RUN was trained by, as it was resolved."""
+    return recipes.read(_existing(run, CONFIG))[0]
 
 
 def read_task(run: Path, recipe: Recipe) -> Task:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from mamba2_apps import catalog, files, runs
 from mamba2_apps.training import BEST, LAST, SyncedCheckpointIO, TrainerConfig
-from mamba2_apps.vision.data import Digits
+from mamba2_apps.vision.digits import Digits
 
 # Dropped paths, augmentation, EMA, early stopping, clipping and accumulation: all that has a state.
 SMALL = [
