@@ -115,19 +115,21 @@ class DataModule(LightningDataModule, ABC):
     Args:
         batch_size: samples per step and device.
         num_workers: processes that read and augment; 0 does it in the training process.
-        seed: seed of order and augmentation, linked to the recipe's `seed`. Splits do not use it.
     """
+
+    seed: int = 0
+    """Decides order and augmentation; it is the recipe's `seed`. Splits do not use it."""
 
     labels: list[str]
     train_set: Dataset[Sample]
     val_set: Dataset[Sample]
     test_set: Dataset[Sample]
 
-    def __init__(self, *, batch_size: int = 64, num_workers: int = 0, seed: int = 0) -> None:
+    def __init__(self, *, batch_size: int = 64, num_workers: int = 0) -> None:
         super().__init__()
         if batch_size < 1:
             raise ValueError(f"data.batch_size is {batch_size}, expected at least 1")
-        self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
+        self.batch_size, self.num_workers = batch_size, num_workers
         self._epoch, self._batches_done = 0, 0
 
     @property

@@ -12,8 +12,10 @@ from dataclasses import dataclass, fields, is_dataclass
 from inspect import signature
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Any
+from textwrap import wrap
+from typing import Any, get_type_hints
 
+import docstring_parser
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from torch import nn
@@ -46,6 +48,9 @@ class Recipe:
     trainer: TrainerConfig
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        self.data.seed = self.seed
+
 
 def read(path: Path, overrides: Sequence[str] = ()) -> tuple[Recipe, str]:
     """The recipe in a YAML file, its parts built, and its full resolved YAML text.
@@ -69,26 +74,42 @@ def read(path: Path, overrides: Sequence[str] = ()) -> tuple[Recipe, str]:
         raise ValueError(_explain(error, _names_in(path))) from error
     config.pop("config")
     parts = parser.instantiate(config)
-    return Recipe(**dict(parts)), parser.dump(config, skip_link_targets=False)
+    return Recipe(**dict(parts)), parser.dump(config)
 
 
 def help_text(path: Path) -> str:
-    """What can be set, with its documentation, and every key with its value in this recipe."""
-    parser = _parser(path)
-    config = parser.parse_args([f"--config={path}"])
+    """Every key of a recipe with its value there and its documentation."""
+    config = _parser(path).parse_args([f"--config={path}"])
     config.pop("config")
-    return f"{parser.format_help()}\nkeys of this recipe and their values:\n{parser.dump(config)}"
+    lines = [f"keys of {path.name}, as in --data.batch_size 32:", ""]
+    for key, value, text in _documented(Recipe, config.as_dict(), ""):
+        text_of_value = yaml.safe_dump(value, default_flow_style=True, width=1e6)
+        lines.append(f"--{key} {text_of_value.splitlines()[0]}")
+        lines += wrap(text, 92, initial_indent="      ", subsequent_indent="      ")
+    return "\n".join(lines)
+
+
+def _documented(owner: type, values: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any, str]]:
+    """Key, value and documentation of all that a class and the parts in it are built from."""
+    texts = {
+        p.arg_name: p.description or "" for p in docstring_parser.parse_from_object(owner).params
+    }
+    hints = get_type_hints(owner if is_dataclass(owner) else owner.__init__)  # type: ignore[misc]
+    for name, value in values.items():
+        if isinstance(value, dict) and "class_path" in value:
+            yield f"{prefix}{name}", value["class_path"], texts.get(name, "")
+            part = resolve_name(value["class_path"])
+            yield from _documented(part, value.get("init_args", {}), f"{prefix}{name}.")
+        elif is_dataclass(hints.get(name)):
+            yield from _documented(hints[name], value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value, " ".join(texts.get(name, "").split())
 
 
 def _parser(path: Path) -> ArgumentParser:
-    parser = ArgumentParser(
-        prog="mamba2-apps train RECIPE",
-        description=f"Keys that override {path.name}; they may be shortened, --data.batch_size 32.",
-        exit_on_error=False,
-    )
-    parser.add_argument("--config", action="config", help="YAML file with further values")
+    parser = ArgumentParser(prog=f"mamba2-apps train {path.name}", exit_on_error=False)
+    parser.add_argument("--config", action="config")
     parser.add_class_arguments(Recipe)
-    parser.link_arguments("seed", "data.init_args.seed")
     return parser
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from mamba2_apps.files import replacing
 
@@ -27,7 +28,8 @@ def learning_curves(history: Sequence[dict[str, Any]], best_epoch: int | None, p
             )
         if best_epoch is not None:
             axis.axvline(best_epoch, color=BEST_COLOR, ls=":", label=f"chosen epoch {best_epoch}")
-        axis.set(title=name.replace("_", " "), xlabel="epoch")
+        axis.set(title=name.replace("_", " ").replace("f1", "F1"), xlabel="epoch")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     figure.axes[0].legend(frameon=False)

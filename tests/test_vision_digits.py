@@ -22,7 +22,8 @@ def digits():
 
 
 def test_the_split_is_fixed_stratified_and_disjoint(digits):
-    again = Digits(seed=5)
+    again = Digits()
+    again.seed = 5
     again.setup("fit")
     parts = [digits.train_set, digits.val_set, digits.test_set]
     for part, other in zip(parts, [again.train_set, again.val_set, again.test_set], strict=True):

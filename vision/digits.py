@@ -29,7 +29,6 @@ class Digits(DataModule):
     Args:
         batch_size: images per step.
         num_workers: processes that augment; 0 does it in the training process.
-        seed: seed of order and augmentation, linked to the recipe's `seed`.
         val_fraction: part of the training three quarters that chooses the epoch.
         max_rotation: largest random rotation, in degrees either way.
         max_shift: largest random shift, in pixels either way.
@@ -41,13 +40,12 @@ class Digits(DataModule):
         *,
         batch_size: int = 64,
         num_workers: int = 0,
-        seed: int = 0,
-        val_fraction: float = 0.15,
-        max_rotation: float = 10.0,
-        max_shift: float = 0.75,
-        max_scale: float = 0.1,
+        val_fraction: float = 0.2,
+        max_rotation: float = 15.0,
+        max_shift: float = 1.0,
+        max_scale: float = 0.15,
     ) -> None:
-        super().__init__(batch_size=batch_size, num_workers=num_workers, seed=seed)
+        super().__init__(batch_size=batch_size, num_workers=num_workers)
         if not 0 < val_fraction < 1:
             raise ValueError(f"data.val_fraction is {val_fraction}, expected between 0 and 1")
         self.val_fraction = val_fraction
