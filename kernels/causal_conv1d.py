@@ -71,8 +71,8 @@ def causal_conv1d(
 
 def _check(x, weight, bias, activation, initial_states, cu_seqlens) -> None:
     check_same_dtype(x)
-    if x.dim() != 3 or 0 in x.shape[:2]:
-        raise ValueError(f"x has shape {tuple(x.shape)}, expected (b, l, d) with b and l >= 1")
+    if x.dim() != 3 or 0 in x.shape:
+        raise ValueError(f"x has shape {tuple(x.shape)}, expected (b, l, d), none of them 0")
     b, l, d = x.shape
     if weight.dim() != 2 or weight.shape[1] == 0:
         raise ValueError(f"weight has shape {tuple(weight.shape)}, expected ({d}, width)")

@@ -5,14 +5,18 @@ This is what runs on a CPU and in float64. Forward and backward are registered o
 takes `reference.ssd_chunked` instead, which decomposes to ATen.
 
 On a CPU the chunked form is bound by memory, not by its products. So a few chunks at a time, one
-block, go through the whole computation while they are in the cache, and the state passes from
-block to block. Inside a block the heads of a group stand side by side in the states, (g, n, k), so
-that a product with B or C is one matrix product over all of them without a copy.
+block, go through the whole computation while they are in the cache, the state passes from block to
+block, and all intermediate results live in one arena that every block uses again: memory fresh
+from the system costs more than most of the arithmetic.
+
+Within a chunk both sources of y are one product: with W = [L ∘ (C Bᵀ) | a C] and V = [dt x; S],
+where a is the decay since the chunk's entry and S (n, p) the state that enters it, y = W V.
 
 Dimension legend: batch b · seqlen l · nheads h · headdim p · ngroups g · dstate n · chunk q
-    c chunks of a block · k = (h / g) p, the channels of one group's heads
+    r rows and c chunks of a block
 """
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -20,7 +24,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import no_autocast
-from .reference import semiseparable_mask, ssd_chunked
+from .reference import ssd_chunked
 
 CHUNK = 64
 BLOCK_ELEMENTS = 2**18
@@ -84,81 +88,112 @@ def _chunk_count(l: int) -> int:
     return -(-l // CHUNK)
 
 
-class _Decays(NamedTuple):
-    """Products of decays exp(dt A) within chunks, always as exp of a sum of negative numbers."""
+class _Arena:
+    """Uninitialised tensors cut from one allocation, which `clear` makes free again."""
 
-    to_token: Tensor  # (r, c, q, h, 1) from the chunk's entry through the token
-    to_end: Tensor  # (r, c, q, h, 1) from after the token to the chunk's end
-    whole: Tensor  # (r, c, g, 1, h/g, 1) over the chunk
-    between: Tensor  # (r, c, g, h/g, q, q) from after token j through token t, 0 where j > t
+    def __init__(self, like: Tensor) -> None:
+        self._like = like
+        self._flat = like.new_empty(0)
+        self._used = 0
+
+    def clear(self) -> None:
+        """Forget what was cut. The allocation grows to what the last round needed."""
+        if self._used > self._flat.numel():
+            self._flat = self._like.new_empty(self._used)
+        self._used = 0
+
+    def __call__(self, *shape: int) -> Tensor:
+        size = math.prod(shape)
+        start, self._used = self._used, self._used + size
+        if self._used > self._flat.numel():
+            return self._like.new_empty(shape)
+        return self._flat[start : self._used].view(shape)
+
+
+class _Chunks(NamedTuple):
+    """What forward and backward both need of a block, heads before tokens.
+
+    Decays are exp of sums of negative numbers.
+    """
+
+    to_token: Tensor  # (r, c, h, q, 1) decay from the chunk's entry through the token
+    to_end: Tensor  # (r, c, h, q, 1) decay from after the token to the chunk's end
+    whole: Tensor  # (r, c, h, 1, 1) decay over the chunk
+    L: Tensor  # (r, c, h, q, q) decay from after token j through token t, 1 where j > t
+    scores: Tensor  # (r, c, g, 1, q, q) C Bᵀ, 0 where j > t
+    W: Tensor  # (r, c, h, q, q + n); its left part is filled by the caller
+    V: Tensor  # (r, c, h, q + n, p); its lower part, the states, is filled by the caller
+    kept: Tensor  # (r, c, h, q, n) to_end B
 
     @classmethod
-    def of(cls, dt: Tensor, A: Tensor, g: int) -> "_Decays":
-        log_decay = dt * A
-        total = log_decay.cumsum(2)
-        return cls(
-            to_token=total.exp()[..., None],
-            to_end=(total[:, :, -1:] - total).exp()[..., None],
-            whole=total[:, :, -1].exp().unflatten(2, (g, 1, -1, 1)),
-            between=semiseparable_mask(log_decay.transpose(2, 3)).unflatten(2, (g, -1)),
-        )
+    def of(cls, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, arena: _Arena) -> "_Chunks":
+        """x (r, c, q, h, p), dt (r, c, q, h), B and C (r, c, q, g, n)."""
+        r, c, q, h, p = x.shape
+        g, n = B.shape[3:]
+        total = (dt * A).cumsum(2).transpose(2, 3).contiguous()
+        to_token = total.exp().unsqueeze(4)
+        to_end = (total[..., -1:] - total).exp().unsqueeze(4)
+        # The future is masked in the scores, which all heads share; here it must only be finite.
+        L = torch.sub(total[..., :, None], total[..., None, :], out=arena(r, c, h, q, q))
+        L.clamp_(max=0).exp_()
 
+        heads = (g, h // g)
+        B, C = (t.transpose(2, 3).unsqueeze(3) for t in (B, C))
+        W, V, kept = arena(r, c, h, q, q + n), arena(r, c, h, q + n, p), arena(r, c, h, q, n)
+        torch.mul(C, to_token.unflatten(2, heads), out=W[..., q:].unflatten(2, heads))
+        torch.mul(B, to_end.unflatten(2, heads), out=kept.unflatten(2, heads))
+        torch.mul(x.transpose(2, 3), dt.transpose(2, 3).unsqueeze(4), out=V[..., :q, :])
+        return cls(to_token, to_end, to_token[..., -1:, :], L, (C @ B.mT).tril_(), W, V, kept)
 
-def _by_group(t: Tensor, g: int) -> Tensor:
-    """(r, c, q, h, p) → (r, c, g, q, k), a view of contiguous t."""
-    return t.unflatten(3, (g, -1)).flatten(4).transpose(2, 3)
-
-
-def _by_head(t: Tensor, h: int) -> Tensor:
-    """(r, c, g, q, k) → (r, c, q, h, p)."""
-    return t.transpose(2, 3).unflatten(4, (h // t.shape[2], -1)).flatten(3, 4)
+    def weigh(self) -> None:
+        """Fill the left part of W with L ∘ (C Bᵀ)."""
+        q, heads = self.L.shape[4], (self.scores.shape[2], -1)
+        out = self.W[..., :q].unflatten(2, heads)
+        torch.mul(self.L.unflatten(2, heads), self.scores, out=out)
 
 
 def _pass(carried: Tensor, whole: Tensor, added: Tensor, met: Tensor, order: range) -> Tensor:
-    """Pass a state (r, g, n, k) along the chunks in `order`; return it after the last of them.
+    """Pass a state (r, h, n, p) along the chunks in `order`; return it after the last of them.
 
-    Each chunk multiplies it by `whole` (r, c, g, 1, h/g, 1) and adds its part of `added`
-    (r, c, g, n, k); `met` receives the state as each chunk meets it.
+    Each chunk multiplies it by `whole` (r, c, h, 1, 1) and adds its part of `added`
+    (r, c, h, n, p); `met` receives the state as each chunk meets it.
     """
-    apart = (whole.shape[4], -1)
-    added, met = added.unflatten(4, apart), met.unflatten(4, apart)
-    carried = carried.unflatten(3, apart)
     for i in order:
         met[:, i] = carried
         carried = torch.addcmul(added[:, i], carried, whole[:, i])
-    return carried.flatten(3)
+    return carried
 
 
-def _to_inner(states: Tensor, g: int) -> Tensor:
-    """(b, h, p, n) → (b, g, n, k)."""
-    return states.flatten(1, 2).unflatten(1, (g, -1)).mT.contiguous()
-
-
-def _to_outer(states: Tensor, h: int) -> Tensor:
-    """(b, g, n, k) → (b, h, p, n)."""
-    return states.mT.flatten(1, 2).unflatten(1, (h, -1)).contiguous()
+def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """a @ b over all leading dimensions, into the contiguous `out`."""
+    torch.bmm(a.flatten(0, -3), b.flatten(0, -3), out=out.flatten(0, -3))
+    return out
 
 
 def _forward_block(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, carried: Tensor, y: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Fill y (r, c, q, h, p) from the state (r, g, n, k) that enters the block.
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    carried: Tensor,
+    y: Tensor,
+    entering: Tensor,
+    arena: _Arena,
+) -> Tensor:
+    """Fill y (r, c, q, h, p) and the states that enter each chunk (r, c, h, n, p).
 
-    Returns the state that enters each chunk (r, c, g, n, k) and the one that leaves the last.
+    carried (r, h, n, p) enters the block; returns the state that leaves it.
     """
-    h, g = x.shape[3], B.shape[3]
-    B, C = B.transpose(2, 3), C.transpose(2, 3)
-    decays = _Decays.of(dt, A, g)
-    xdt = x * dt[..., None]
-
-    added = B.mT @ _by_group(xdt * decays.to_end, g)
-    entering = torch.empty_like(added)
-    carried = _pass(carried, decays.whole, added, entering, range(x.shape[1]))
-
-    torch.mul(_by_head(C @ entering, h), decays.to_token, out=y)
-    weights = decays.between.mul_((C @ B.mT).unsqueeze(3)).flatten(2, 3)
-    y += (weights @ xdt.transpose(2, 3)).transpose(2, 3)
-    return entering, carried
+    r, c, q, h, p = x.shape
+    n = B.shape[4]
+    chunks = _Chunks.of(x, dt, A, B, C, arena)
+    added = _product(chunks.kept.mT, chunks.V[..., :q, :], out=arena(r, c, h, n, p))
+    carried = _pass(carried, chunks.whole, added, entering, range(c))
+    chunks.V[..., q:, :] = entering
+    chunks.weigh()
+    y.copy_(_product(chunks.W, chunks.V, out=arena(r, c, h, q, p)).transpose(2, 3))
+    return carried
 
 
 def _backward_block(
@@ -173,89 +208,91 @@ def _backward_block(
     carried: Tensor,
     dcarried: Tensor,
     grads: tuple[Tensor, Tensor, Tensor, Tensor],
+    arena: _Arena,
 ) -> tuple[Tensor, Tensor]:
     """Fill the gradients of x, dt, B and C; return those of A and of the state entering the block.
 
-    entering (r, c, g, n, k): the state that enters each chunk; carried (r, g, n, k): the state that
+    entering (r, c, h, n, p): the state that enters each chunk; carried (r, h, n, p): the state that
     leaves the block, and dcarried its gradient.
 
     The gradient of the running sum of log decays is ⟨dy_t, y_t⟩ − ⟨xdt_t, dxdt_t⟩ at each token:
     what t reads through its decays less what is read of it. The state that leaves the chunk adds
     ⟨state, its gradient⟩ at the last token.
     """
-    h, g = x.shape[3], B.shape[3]
+    r, c, q, h, p = x.shape
+    g, n = B.shape[3:]
     dx, ddt, dB, dC = grads
+    chunks = _Chunks.of(x, dt, A, B, C, arena)
+    chunks.V[..., q:, :] = entering
+    chunks.weigh()
+    dyh = arena(r, c, h, q, p).copy_(dy.transpose(2, 3))
+    dV = _product(chunks.W.mT, dyh, out=arena(r, c, h, q + n, p))
+    dW = _product(dyh, chunks.V.mT, out=arena(r, c, h, q, q + n))
+
+    dleaving = arena(r, c, h, n, p)
+    backwards = range(c - 1, -1, -1)
+    leaves = torch.cat([entering[:, 1:], carried[:, None]], dim=1)
+    dcarried = _pass(dcarried, chunks.whole, dV[..., q:, :], dleaving, backwards)
+    dkept = _product(chunks.V[..., :q, :], dleaving.mT, out=arena(r, c, h, q, n))
+    from_later = _product(chunks.kept, dleaving, out=arena(r, c, h, q, p))
+    dxdt = from_later.add_(dV[..., :q, :]).transpose(2, 3)
+
+    by_group = (g, h // g)
+    dscores = dW[..., :q].mul_(chunks.L).unflatten(2, by_group).sum(3).tril_()
+    dread = dW[..., q:].mul_(chunks.to_token).unflatten(2, by_group).sum(3)
+    dkept = dkept.mul_(chunks.to_end).unflatten(2, by_group).sum(3)
     B, C = B.transpose(2, 3), C.transpose(2, 3)
-    decays = _Decays.of(dt, A, g)
-    xdt = x * dt[..., None]
-    kept = _by_group(xdt * decays.to_end, g)
-    read = _by_group(dy * decays.to_token, g)
-
-    added = C.mT @ read
-    dleaving = torch.empty_like(added)
-    backwards = range(x.shape[1] - 1, -1, -1)
-    dcarried = _pass(dcarried, decays.whole, added, dleaving, backwards)
-
-    scores = (C @ B.mT).unsqueeze(3)
-    dy_heads = dy.transpose(2, 3).contiguous()
-    dweights = (dy_heads @ xdt.transpose(2, 3).mT).unflatten(2, (g, -1))
-    dscores = dweights.mul_(decays.between).sum(3)
-    torch.add(dscores @ B, read @ entering.mT, out=dC.transpose(2, 3))
-    torch.add(dscores.mT @ C, kept @ dleaving.mT, out=dB.transpose(2, 3))
-
-    dxdt = _by_head(B @ dleaving, h) * decays.to_end
-    weights = decays.between.mul_(scores).flatten(2, 3)
-    dxdt += (weights.mT @ dy_heads).transpose(2, 3)
+    torch.add(dread, dscores @ B, out=dC.transpose(2, 3))
+    torch.add(dkept, dscores.mT @ C, out=dB.transpose(2, 3))
     torch.mul(dxdt, dt[..., None], out=dx)
 
     x_dxdt = dxdt.mul_(x).sum(-1)
-    dtotal = (dy * y).sum(-1) - x_dxdt * dt
-    at_end = torch.cat([entering[:, 1:], carried[:, None]], dim=1).mul_(dleaving)
-    dtotal[:, :, -1] += at_end.unflatten(4, (h // g, -1)).sum((3, 5)).flatten(2)
+    dtotal = dyh.transpose(2, 3).mul_(y).sum(-1) - x_dxdt * dt
+    dtotal[:, :, -1] += leaves.mul_(dleaving).sum((3, 4))
     dlog_decay = dtotal.flip(2).cumsum(2).flip(2)
     torch.addcmul(x_dxdt, dlog_decay, A, out=ddt)
     return (dlog_decay * dt).sum((0, 1, 2)), dcarried
 
 
-def _forward(x, dt, A, B, C, initial_states, y, states) -> Tensor:
-    """Fill y (b, l, h, p) and the entering states (b, chunks, g, n, k); return the last states."""
+def _forward(x, dt, A, B, C, initial_states, y, states, arena) -> Tensor:
+    """Fill y (b, l, h, p) and the entering states (b, chunks, h, n, p); return the last states."""
     b, l, h, p = x.shape
-    g, n = B.shape[2:]
-    last = x.new_empty(b, h, p, n)
+    last = x.new_empty(b, h, p, B.shape[3])
     for blocks in _blocks(b, l, h * p):
         rows = blocks[0].rows
         if initial_states is None:
-            carried = x.new_zeros(rows.stop - rows.start, g, n, h // g * p)
+            carried = torch.zeros_like(last[rows]).mT
         else:
-            carried = _to_inner(initial_states[rows], g)
+            carried = initial_states[rows].mT
         for block in blocks:
             cut = block.cut
-            entering, carried = _forward_block(
-                cut(x), cut(dt), A, cut(B), cut(C), carried, y=cut(y)
-            )
-            states[rows, block.chunks] = entering
-        last[rows] = _to_outer(carried, h)
+            carried = _forward_block(
+                cut(x), cut(dt), A, cut(B), cut(C), carried, cut(y), states[rows, block.chunks],
+                arena,
+            )  # fmt: skip
+            arena.clear()
+        last[rows] = carried.mT
     return last
 
 
-def _backward(dy, dlast, x, dt, A, B, C, y, states, last, grads) -> tuple[Tensor, Tensor]:
+def _backward(dy, dlast, x, dt, A, B, C, y, states, last, grads, arena) -> tuple[Tensor, Tensor]:
     """Fill `grads` of x, dt, B, C; return the gradients of A and of the initial states."""
     b, l, h, p = x.shape
-    g = B.shape[2]
     dA, dinitial = torch.zeros_like(A), torch.empty_like(last)
     for blocks in _blocks(b, l, h * p):
         rows = blocks[0].rows
-        carried = _to_inner(last[rows], g)
-        dcarried = torch.zeros_like(carried) if dlast is None else _to_inner(dlast[rows], g)
+        carried = last[rows].mT
+        dcarried = torch.zeros_like(carried) if dlast is None else dlast[rows].mT
         for block in reversed(blocks):
             cut, entering = block.cut, states[rows, block.chunks]
             dA_block, dcarried = _backward_block(
                 cut(dy), cut(y), cut(x), cut(dt), A, cut(B), cut(C), entering, carried, dcarried,
-                grads=tuple(map(cut, grads)),
+                tuple(map(cut, grads)), arena,
             )  # fmt: skip
+            arena.clear()
             dA += dA_block
             carried = entering[:, 0]
-        dinitial[rows] = _to_outer(dcarried, h)
+        dinitial[rows] = dcarried.mT
     return dA, dinitial
 
 
@@ -274,10 +311,10 @@ def _sequences(x: Tensor, cu_seqlens: Tensor | None) -> Iterator[tuple[slice, sl
 def _state_shapes(x, B, cu_seqlens) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shapes of the last states, and of the entering ones, whose chunks are bounded unread."""
     b, l, h, p = x.shape
-    g, n = B.shape[2:]
+    n = B.shape[3]
     sequences = b if cu_seqlens is None else cu_seqlens.shape[0] - 1
     chunks = _chunk_count(l) if cu_seqlens is None else l // CHUNK + sequences
-    return (sequences, h, p, n), (b, chunks, g, n, h // g * p)
+    return (sequences, h, p, n), (b, chunks, h, n, p)
 
 
 @torch.library.custom_op("mamba2_apps::ssd_scan", mutates_args=())
@@ -293,11 +330,12 @@ def ssd_scan(
     """See `scan`; returns y, the last states, and each chunk's entering state for the backward."""
     last_shape, states_shape = _state_shapes(x, B, cu_seqlens)
     y, last, states = x.new_empty(x.shape), x.new_empty(last_shape), x.new_empty(states_shape)
+    arena = _Arena(x)
     for rows, tokens, chunks in _sequences(x, cu_seqlens):
         last[rows] = _forward(
             *(t[:, tokens] for t in (x, dt)), A, *(t[:, tokens] for t in (B, C)),
             None if initial_states is None else initial_states[rows],
-            y[:, tokens], states[:, chunks],
+            y[:, tokens], states[:, chunks], arena,
         )  # fmt: skip
     return y, last, states
 
@@ -324,13 +362,13 @@ def ssd_scan_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, dt, A, B, C and of the initial states."""
     grads = tuple(t.new_empty(t.shape) for t in (x, dt, B, C))
-    dA, dinitial = torch.zeros_like(A), torch.empty_like(last)
+    dA, dinitial, arena = torch.zeros_like(A), torch.empty_like(last), _Arena(x)
     for rows, tokens, chunks in _sequences(x, cu_seqlens):
         with no_autocast(x):  # the caller's backward() may stand inside an autocast block
             dA_rows, dinitial[rows] = _backward(
                 dy[:, tokens], None if dlast is None else dlast[rows],
                 *(t[:, tokens] for t in (x, dt)), A, *(t[:, tokens] for t in (B, C, y)),
-                states[:, chunks], last[rows], tuple(t[:, tokens] for t in grads),
+                states[:, chunks], last[rows], tuple(t[:, tokens] for t in grads), arena,
             )  # fmt: skip
         dA += dA_rows
     dx, ddt, dB, dC = grads
