@@ -2,13 +2,18 @@
 
 Dimension legend: batch b · seqlen l · nheads h · headdim p · ngroups g · dstate n · chunk q
 
-A forward is two launches (states, then y), a backward three (S and R, then the gradients, then the
-ordered sums), one more each where batch × heads is too small to fill the GPU and the sequence is
-cut into segments, one more in a backward with z. Both directions share all of them. How a shape is
-cut is a rule of its sizes (`_plan`), not a search. Nothing large is kept from forward to backward:
-chunk states are computed again, which costs less than their memory.
+A forward is two launches (states, then y); a backward is five (S and R, then dx, then dB and dC,
+then ddt, then the ordered sums). One more each where batch × heads is too small to fill the GPU and
+the sequence is cut into segments, and one more in a backward with z. Both directions share all of
+them. How a shape is cut is a rule of its sizes (`plan_of`), not a search. Nothing large is kept
+from forward to backward: chunk states are computed again, which costs less than their memory.
+
+A small shape takes less time on the GPU than Triton's launcher takes to look at sixty arguments, so
+what follows from shapes, strides and flags alone is prepared once (`_prepare`), and the kernels
+compiled for it are kept and called directly.
 """
 
+import contextlib
 import functools
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +23,14 @@ import triton
 from torch import Tensor
 
 from . import ssd_triton_interpreter  # noqa: F401
-from .ssd_triton_backward import chunk_backward_kernel, gate_backward_kernel, reduce_kernel
+from .dispatch import interpreting
+from .ssd_triton_backward import (
+    chunk_backward_kernel,
+    gate_backward_kernel,
+    reduce_kernel,
+    shared_backward_kernel,
+    step_backward_kernel,
+)
 from .ssd_triton_forward import chunk_forward_kernel
 from .ssd_triton_scan import carry_segments_kernel, scan_kernel
 
@@ -26,6 +38,7 @@ SUM_BLOCK = 1024
 GATE_BLOCK = 1024
 SEGMENT_BLOCK = 32
 STATE_BLOCK = 64
+STEP_TOKENS = 1024
 
 
 def ssd(
@@ -77,109 +90,121 @@ def ssd_bidirectional(
 
 @dataclass(frozen=True)
 class Tiling:
-    """How tokens, headdim and dstate are cut, and the warps and stages of each kernel."""
+    """How tokens are cut, and the warps and stages of each kernel."""
 
     chunk: int  # tokens between stored states
-    tile: int  # tokens of a program of the backward kernel: chunk or chunk / 2
+    tile: int  # tokens of a program of the quadratic kernels: chunk or chunk / 2
     scan_warps: int = 4
-    scan_stages: int = 3
-    forward_warps: int = 8
+    scan_stages: int = 2
+    forward_warps: int = 4
     forward_stages: int = 2
-    backward_warps: int = 8
+    backward_warps: int = 4
     backward_stages: int = 1
+    shared_warps: int = 8
+    shared_stages: int = 2
     scan_programs: int = 2  # programs per multiprocessor below which a row is cut into segments
     least_segment: int = 4  # of this many chunks or more
-    forward_programs: int = 4  # and below which the heads of a group are split over programs
-    backward_programs: int = 2
+    forward_programs: int = 6  # and below which the heads of a group are split over programs
+    backward_programs: int = 4
+    shared_programs: int = 2
 
 
 def tiling(l: int, dtype: torch.dtype) -> Tiling:
-    """The rule: halves of 64 in chunks of 128; float32 takes half of each, its products need it."""
+    """The rule: tiles of 64 in chunks of 128; float32, whose products are dearer, half of each."""
     if dtype == torch.float32:
-        return Tiling(chunk=64, tile=32, scan_stages=2, forward_stages=1)
-    return Tiling(chunk=128, tile=64) if l > 64 else Tiling(chunk=64, tile=64, forward_warps=4)
+        return Tiling(chunk=64, tile=32, forward_stages=1, shared_stages=1, shared_warps=4)
+    if l > 64:
+        return Tiling(chunk=128, tile=64)
+    return Tiling(chunk=64, tile=64, shared_warps=4)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything about a call that follows from its shapes: grids, offsets, constants."""
+    """Everything about a call that follows from its sizes: grids, offsets, splits."""
 
-    tiling: Tiling
-    slots: int
+    slots: int  # chunks a row
+    tiles: int
     segments: int
     segment_slots: int
-    scan_grid: int
-    forward_splits: int
-    forward_heads: int
-    backward_splits: int
-    backward_heads: int
-    tiles: int
+    lines: int  # kinds of state × directions × rows × heads
+    state_tiles: tuple[int, int]  # of the scan, over headdim and dstate
+    p_tiles: int
+    n_tiles: int
+    served: int  # directions that the quadratic backward kernels run one at a time
+    forward_split: tuple[int, int]  # programs per group of heads, heads per program
+    backward_split: tuple[int, int]
+    shared_split: tuple[int, int]
+    step_slots: int
     offsets: dict[str, int]  # into the float32 workspace, in elements
-    carried: int  # offset of what enters each segment, in the workspace of states
     floats: int
+    carried: int  # offsets into the workspace of x's dtype
+    mix: int
     states: int
 
 
-@functools.lru_cache(maxsize=1024)
-def _plan(
+def plan_of(
     rows: int, nseq: int, l: int, h: int, p: int, g: int, n: int, directions: int, merged: bool,
-    backward: bool, d_rows: int, dtype: torch.dtype, processors: int, tiling: Tiling,
-) -> Plan:  # fmt: skip
-    q = tiling.chunk
-    packed = nseq > 0
-    slots = l // q + nseq if packed else -(-l // q)
-    kinds = 2 if backward else 1
-    lines = kinds * directions * rows * h
-    blocks = -(-p // _p_block(p)) * -(-n // _scan_n_block(n))
+    backward: bool, d_rows: int, dtype: torch.dtype, processors: int,
+) -> tuple[Tiling, Plan]:  # fmt: skip
+    cut = tiling(l, dtype)
+    q = cut.chunk
+    slots = l // q + nseq if nseq else -(-l // q)
+    tiles = slots * (q // cut.tile)
+    lines = (1 + backward) * directions * rows * h
+    state_tiles = -(-p // _p_block(p)), -(-n // _scan_n_block(n))
+    p_tiles, n_tiles = -(-p // _p_block(p)), -(-n // _n_block(n, dtype))
+    served = 1 if merged else directions
 
-    segments = max(
-        1, min(tiling.scan_programs * processors // (lines * blocks), slots // tiling.least_segment)
-    )
+    programs = lines * state_tiles[0] * state_tiles[1]
+    segments = max(1, min(cut.scan_programs * processors // programs, slots // cut.least_segment))
     segment_slots = -(-slots // segments)
     segments = -(-slots // segment_slots)
+    segmented = segments > 1
 
-    group_heads = h // g
-    forward_splits, forward_heads = _split(
-        group_heads, rows * slots * g, tiling.forward_programs * processors
-    )
-    tiles = slots * (q // tiling.tile)
-    served = 1 if merged else directions  # programs of the backward kernel per tile
-    backward_splits, backward_heads = _split(
-        group_heads, served * rows * tiles * g, tiling.backward_programs * processors
-    )
+    def split(programs: int, per_processor: int) -> tuple[int, int]:
+        splits = min(h // g, max(1, -(-per_processor * processors // programs)))
+        each = -(-(h // g) // splits)
+        return -(-(h // g) // each), each
 
-    offsets, floats = {}, 0
+    forward_split = split(rows * tiles * g, cut.forward_programs)
+    backward_split = split(served * rows * tiles * g, cut.backward_programs)
+    shared_split = split(2 * served * rows * slots * g * n_tiles, cut.shared_programs)
+    step_slots = 1 if nseq else max(1, min(STEP_TOKENS // q, triton.next_power_of_2(slots)))
+
+    offsets: dict[str, int] = {}
+    floats = 0
 
     def reserve(name: str, size: int) -> None:
         nonlocal floats
         offsets[name] = floats
         floats += -(-size // 32) * 32
 
-    reserve("cum", directions * rows * h * slots * q)
-    reserve("dtp", directions * rows * h * slots * q)
-    segmented = segments > 1
+    vector = directions * rows * h * slots * q
+    reserve("cum", vector)
+    reserve("dtp", vector)
     reserve("fade", lines * slots * segmented)
     reserve("marks", lines * segments * 4 * segmented)
     reserve("carry", lines * segments * p * n * segmented)
     if backward:
-        reserve("dA", directions * h * rows * tiles)
-        reserve("dbias", directions * h * rows * tiles)
+        for name in ("row", "far", "column", "column_far"):
+            reserve(name, vector)
+        reserve("into", n_tiles * vector)
+        reserve("out", n_tiles * vector)
+        reserve("overlap", n_tiles * vector // q)
+        reserve("dA", directions * h * rows * -(-slots // step_slots))
+        reserve("dbias", directions * h * rows * -(-slots // step_slots))
         reserve("dD", d_rows * served * rows * tiles)
-        split_size = backward_splits * 2 * served * rows * l * g * n
-        reserve("dBC", split_size if backward_splits > 1 else 0)
+        split_size = shared_split[0] * served * rows * l * g * n * (shared_split[0] > 1)
+        reserve("dB", split_size)
+        reserve("dC", split_size)
     carried = -(-lines * slots * p * n // 32) * 32
-    return Plan(
-        tiling, slots, segments, segment_slots, lines * blocks * segments,
-        forward_splits, forward_heads, backward_splits, backward_heads, tiles,
-        offsets, carried, floats, carried + lines * segments * p * n * segmented,
+    mix = carried + -(-lines * segments * p * n * segmented // 32) * 32
+    states = mix + served * rows * g * backward_split[0] * slots * q * q * backward
+    return cut, Plan(
+        slots, tiles, segments, segment_slots, lines, state_tiles, p_tiles, n_tiles, served,
+        forward_split, backward_split, shared_split, step_slots, offsets, floats, carried, mix,
+        states,
     )  # fmt: skip
-
-
-def _split(heads: int, programs: int, wanted: int) -> tuple[int, int]:
-    """(splits, heads per program) of a group's heads so that `wanted` programs run, if it can."""
-    splits = min(heads, max(1, -(-wanted // programs)))
-    per_program = -(-heads // splits)
-    return -(-heads // per_program), per_program
 
 
 def _power_of_two(size: int, most: int) -> int:
@@ -212,121 +237,184 @@ def _precision(dtype: torch.dtype) -> str:
     return "tf32x3"
 
 
-class _Call:
-    """One call's sizes, strides and constants, as the kernels take them."""
+class _Prepared:
+    """What calls of equal shapes, strides and flags have in common."""
 
-    def __init__(self, x, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens, softplus,
-                 low, high, reverse, backward: bool):  # fmt: skip
+    def __init__(self, tensors: tuple[Tensor | None, ...], settings: tuple, dy: Tensor | None,
+                 has_final: bool, has_dfinal: bool):  # fmt: skip
+        x, dt, _, B, C, D, z, dt_bias, initial_states, cu_seqlens = tensors
+        softplus, low, high, reverse = settings
+        self.backward = dy is not None
         self.directions = 2 if dt.dim() == 4 else 1
-        b, l, h, p = self.shape = x.shape[-4:]
+        self.shape = b, l, h, p = tuple(x.shape[-4:])
         g, n = B.shape[-2:]
-        self.x, self.dt, self.B, self.C = x, dt, B, C
-        self.A, self.D, self.dt_bias = A.contiguous(), _dense(D), _dense(dt_bias)
-        self.cu_seqlens = _dense(cu_seqlens)
-        self.initial_states = _dense(initial_states)
-        self.sequences = b if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        self.shared = not (x.dim() == 5 or B.dim() == 5 or C.dim() == 5)
-        self.merged = self.directions == 1 or self.shared
-        self.low, self.high, self.softplus = low, high, softplus
-        self.reverse = int(reverse)
-        self.b, self.l, self.h, self.p, self.g, self.n = b, l, h, p, g, n
-        self.d_rows = 0 if D is None else D.numel()
-        self.nseq = 0 if cu_seqlens is None else self.sequences
-        self.plan = _plan(
-            b, self.nseq, l, h, p, g, n, self.directions, self.merged, backward, self.d_rows,
-            x.dtype, _processors(x.device), tiling(l, x.dtype),
+        packed = cu_seqlens is not None
+        self.sequences = cu_seqlens.shape[0] - 1 if packed else b
+        shared = not (x.dim() == 5 or B.dim() == 5 or C.dim() == 5)
+        x_shared = x.dim() == 4
+        self.merged = self.directions == 1 or shared
+        d_rows = 0 if D is None else D.numel()
+        self.cut, self.plan = cut, plan = plan_of(
+            b, self.sequences if packed else 0, l, h, p, g, n, self.directions, self.merged,
+            self.backward, d_rows, x.dtype, _processors(x.device),
         )  # fmt: skip
-        self.floats = torch.empty(self.plan.floats, dtype=torch.float32, device=x.device)
-        self.states = torch.empty(self.plan.states, dtype=x.dtype, device=x.device)
-        self.inputs = (*_strides(x, 5), *_strides(B, 5), *_strides(C, 5))
-        self.p_block, self.n_block = _p_block(p), _n_block(n, x.dtype)
-
-    def empty_states(self) -> Tensor:
         pair = (2,) if self.directions == 2 else ()
-        shape = (*pair, self.sequences, self.h, self.p, self.n)
-        return torch.empty(shape, dtype=torch.float32, device=self.x.device)
+        self.state_shape = (*pair, self.sequences, h, p, n)
+        self.compiled: dict[Any, Any] = {}
 
-    def scan(self, dy: Tensor | None, final, dfinal, dinit) -> None:
-        """States of all chunks: S, and R too when `dy` is given."""
-        plan, cut, offsets = self.plan, self.plan.tiling, self.plan.offsets
-        backward = dy is not None
-        unused = self.floats
-        scan_kernel[(plan.scan_grid,)](
-            self.x, self.B, dy if backward else unused, self.C, self.dt, self.A,
-            _or(self.dt_bias, unused), _or(self.initial_states, unused), _or(final, unused),
-            _or(dfinal, unused), _or(dinit, unused), _or(self.cu_seqlens, unused),
-            self.floats, self.states,
-            *self.inputs, *(_strides(dy, 4) if backward else (0, 0, 0, 0)), *_strides(self.dt, 4),
-            offsets["cum"], offsets["dtp"], offsets["fade"], offsets["marks"], offsets["carry"],
-            self.low, self.high, self.l, self.nseq, plan.slots, self.b, self.h, self.h // self.g,
-            plan.segments, plan.segment_slots, self.reverse, self.p, self.n,
-            self.directions, backward, self.dt_bias is not None,
-            self.initial_states is not None, final is not None, dfinal is not None,
-            dinit is not None, self.softplus, self.cu_seqlens is not None,
-            plan.segments > 1, -(-self.p // self.p_block), -(-self.n // _scan_n_block(self.n)),
-            cut.chunk, self.p_block, _scan_n_block(self.n), _precision(self.x.dtype),
-            cut.scan_stages, num_warps=cut.scan_warps,
+        at = plan.offsets
+        inputs = (*_strides(x, 5), *_strides(B, 5), *_strides(C, 5))
+        of_dy = (0, 0, 0, 0) if dy is None else dy.stride()
+        of_dt = _strides(dt, 4)
+        dot = _precision(x.dtype)
+        p_block, n_block, q = _p_block(p), _n_block(n, x.dtype), cut.chunk
+        reverse = int(reverse)
+        nseq = self.sequences if packed else 0
+        group_heads = h // g
+        each = self.directions // plan.served
+        segmented = plan.segments > 1
+        segments = plan.segments, plan.segment_slots
+        has_bias = dt_bias is not None
+        d_matrix = D is not None and D.dim() == 2
+
+        self.scan_grid = plan.lines * plan.state_tiles[0] * plan.state_tiles[1] * plan.segments
+        self.scan_args = (
+            *inputs, *of_dy, *of_dt, at["cum"], at["dtp"], at["fade"], at["marks"], at["carry"],
+            low, high, l, nseq, plan.slots, b, h, group_heads, *segments, reverse, p, n,
+            self.directions, self.backward, has_bias, initial_states is not None, has_final,
+            has_dfinal, self.backward and initial_states is not None, softplus, packed, segmented,
+            *plan.state_tiles, q, p_block, _scan_n_block(n), dot, cut.scan_stages,
         )  # fmt: skip
-        if plan.segments > 1:
-            lines = (1 + backward) * self.directions * self.b * self.h
-            carry_segments_kernel[(lines * -(-self.p * self.n // STATE_BLOCK),)](
-                self.floats, self.states, _or(final, unused), _or(dinit, unused),
-                offsets["marks"], offsets["carry"], plan.carried, self.nseq, self.b, self.h,
-                plan.segments, self.reverse, self.p, self.n,
-                self.directions, self.cu_seqlens is not None, final is not None,
-                dinit is not None, SEGMENT_BLOCK, STATE_BLOCK,
+        self.carry_grid = plan.lines * -(-p * n // STATE_BLOCK) if segmented else 0
+        self.carry_args = (
+            at["marks"], at["carry"], plan.carried, nseq, b, h, plan.segments, reverse, p, n,
+            self.directions, packed, has_final, self.backward and initial_states is not None,
+            SEGMENT_BLOCK, STATE_BLOCK,
+        )  # fmt: skip
+        if not self.backward:
+            self.forward_grid = b * plan.tiles * g * plan.forward_split[0]
+            self.forward_args = (
+                *inputs, *((0, 0, 0, 0) if z is None else z.stride()),
+                at["cum"], at["dtp"], at["fade"], plan.carried, l, nseq, plan.slots, b, h,
+                group_heads, plan.forward_split[1], plan.forward_split[0], plan.tiles, *segments,
+                reverse, p, n, self.directions, shared, x_shared, D is not None, d_matrix,
+                z is not None,
+            )  # fmt: skip
+            self.forward_constants = (
+                packed, segmented, plan.p_tiles, plan.n_tiles, q, cut.tile, p_block, n_block, dot,
+                cut.forward_stages,
+            )  # fmt: skip
+            return
+
+        splits, per_program = plan.backward_split
+        blocks = (
+            self.directions // plan.served * (cut.chunk // cut.tile - 1) + cut.chunk // cut.tile
+        )
+        jobs = plan.slots * (cut.chunk // cut.tile + blocks)
+        self.chunk_grid = plan.served * b * jobs * g * splits
+        self.chunk_args = (
+            *inputs, *of_dy, at["cum"], at["dtp"], at["fade"], plan.carried, at["row"], at["far"],
+            at["column"], at["column_far"], at["dD"], plan.mix, l, nseq, plan.slots, b, h, group_heads, per_program,
+            splits, plan.tiles, *segments, reverse, p, n, self.directions, each, x_shared,
+            D is not None, d_matrix, packed, segmented, plan.p_tiles, plan.n_tiles, q, cut.tile,
+            p_block, n_block, dot, cut.backward_stages, blocks,
+        )  # fmt: skip
+        self.split, per_program = plan.shared_split
+        self.shared_grid = 2 * plan.served * b * plan.slots * g * plan.n_tiles * self.split
+        self.shared_args = (
+            *inputs, *of_dy, at["cum"], at["dtp"], at["fade"], plan.carried, at["into"], at["out"],
+            at["overlap"], plan.mix, *((at["dB"], at["dC"]) if self.split > 1 else (0, 0)),
+            l, nseq, plan.slots, b, h, group_heads, per_program, self.split, splits, *segments,
+            reverse, p, n, self.directions, each, packed, segmented, plan.p_tiles, plan.n_tiles, q,
+            cut.tile, p_block, n_block, dot, cut.shared_stages,
+        )  # fmt: skip
+        blocks = -(-plan.slots // plan.step_slots)
+        self.step_grid = self.directions * b * h * blocks
+        self.step_args = (
+            *of_dt, at["dtp"], at["row"], at["far"], at["column"], at["column_far"], at["into"], at["out"],
+            at["overlap"], at["dA"], at["dbias"], low, high, l, nseq, plan.slots, b, h, reverse,
+            self.directions, has_bias, softplus, packed, plan.n_tiles, q, cut.tile,
+            plan.step_slots,
+        )  # fmt: skip
+        size = plan.served * b * l * g * n
+        self.reduce_grid = self.directions * h * (1 + has_bias) + d_rows
+        if self.split > 1:
+            self.reduce_grid += -(-size // SUM_BLOCK)
+        self.reduce_args = (
+            at["dA"], at["dbias"], at["dD"], at["dB"], at["dC"], h, d_rows, b * blocks,
+            plan.served * b * plan.tiles, self.split, size, self.directions, has_bias,
+            D is not None, self.split > 1, SUM_BLOCK,
+        )  # fmt: skip
+
+    def workspaces(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return (
+            torch.empty(self.plan.floats, dtype=torch.float32, device=x.device),
+            torch.empty(self.plan.states, dtype=x.dtype, device=x.device),
+        )
+
+    def launch(self, kernel, alignment, grid: int, warps: int, *args) -> None:
+        """kernel[grid](*args), but for Triton's look at the arguments after the first time."""
+        key = kernel, alignment
+        compiled = self.compiled.get(key)
+        if compiled is not None:
+            compiled[grid, 1, 1](*args)
+            return
+        compiled = kernel[(grid,)](*args, num_warps=warps)
+        if not interpreting():
+            self.compiled[key] = compiled
+
+    def scan(self, alignment, tensors, dy, final, dfinal, dinit, floats, states) -> None:
+        """States of all chunks: S, and in a backward pass R too."""
+        x, dt, A, B, C, _, _, dt_bias, initial_states, cu_seqlens = tensors
+        final, dinit = _or(final, floats), _or(dinit, floats)
+        self.launch(
+            scan_kernel, alignment, self.scan_grid, self.cut.scan_warps,
+            x, B, _or(dy, x), C, dt, A, _or(dt_bias, floats), _or(initial_states, floats), final,
+            _or(dfinal, floats), dinit, _or(cu_seqlens, floats), floats, states, *self.scan_args,
+        )  # fmt: skip
+        if self.carry_grid:
+            self.launch(
+                carry_segments_kernel, None, self.carry_grid, 4,
+                floats, states, final, dinit, *self.carry_args,
             )  # fmt: skip
 
-    def forward(self, z: Tensor | None, y: Tensor, ungated: Tensor | None) -> None:
-        plan, cut, offsets = self.plan, self.plan.tiling, self.plan.offsets
-        unused = self.floats
-        chunk_forward_kernel[(self.b * plan.slots * self.g * plan.forward_splits,)](
-            self.x, self.B, self.C, _or(self.D, unused), _or(z, unused), y, _or(ungated, unused),
-            _or(self.cu_seqlens, unused), self.floats, self.states,
-            *self.inputs, *(_strides(z, 4) if z is not None else (0, 0, 0, 0)),
-            offsets["cum"], offsets["dtp"], offsets["fade"], plan.carried,
-            self.l, self.nseq, plan.slots, self.b, self.h, self.h // self.g, plan.forward_heads,
-            plan.forward_splits, plan.segments, plan.segment_slots, self.reverse, self.p, self.n,
-            self.directions, self.shared, self.D is not None, _is_matrix(self.D), z is not None,
-            ungated is not None, self.cu_seqlens is not None, plan.segments > 1,
-            -(-self.p // self.p_block), -(-self.n // self.n_block), cut.chunk, self.p_block,
-            self.n_block, _precision(self.x.dtype), cut.forward_stages,
-            num_warps=cut.forward_warps,
-        )  # fmt: skip
 
-    def backward(self, dy: Tensor, dx, dB, dC, ddt, dA, dbias, dD) -> None:
-        plan, cut, offsets = self.plan, self.plan.tiling, self.plan.offsets
-        unused = self.floats
-        split = plan.backward_splits > 1
-        served = 1 if self.merged else 2
-        n_tiles = -(-self.n // self.n_block)
-        programs = served * self.b * plan.tiles * self.g * n_tiles * plan.backward_splits
-        chunk_backward_kernel[(programs,)](
-            self.x, self.B, self.C, self.dt, self.A, _or(self.dt_bias, unused),
-            _or(self.D, unused), dy, dx, dB, dC, ddt, _or(self.cu_seqlens, unused),
-            self.floats, self.states,
-            *self.inputs, *_strides(dy, 4), *_strides(self.dt, 4),
-            offsets["cum"], offsets["dtp"], offsets["fade"], plan.carried, offsets["dA"],
-            offsets["dbias"], offsets["dD"], offsets["dBC"],
-            self.low, self.high, self.l, self.nseq, plan.slots, self.b, self.h, self.h // self.g,
-            plan.backward_heads, plan.backward_splits, plan.tiles, plan.segments,
-            plan.segment_slots, self.reverse, self.p, self.n,
-            self.directions, self.directions // served, self.dt_bias is not None,
-            self.D is not None, _is_matrix(self.D), self.softplus, self.cu_seqlens is not None,
-            plan.segments > 1, split, -(-self.p // self.p_block), n_tiles, cut.chunk, cut.tile,
-            self.p_block, self.n_block, _precision(self.x.dtype), cut.backward_stages,
-            num_warps=cut.backward_warps,
-        )  # fmt: skip
-        has_bias = self.dt_bias is not None
-        programs = self.directions * self.h * (1 + has_bias) + self.d_rows
-        if split:
-            programs += -(-dB.numel() // SUM_BLOCK)
-        reduce_kernel[(programs,)](
-            self.floats, dA, _or(dbias, unused), _or(dD, unused), dB, dC,
-            offsets["dA"], offsets["dbias"], offsets["dD"], offsets["dBC"], self.h, self.d_rows,
-            self.b * plan.tiles, served * self.b * plan.tiles, plan.backward_splits, dB.numel(),
-            self.directions, has_bias, self.D is not None, split, SUM_BLOCK,
-        )  # fmt: skip
+_prepared: dict[Any, _Prepared] = {}
+_MOST_PREPARED = 4096
+
+
+def _prepare(tensors, settings, dy, has_final, has_dfinal) -> _Prepared:
+    """The prepared call for these shapes, strides, dtypes and flags, made on its first use."""
+    key = (
+        settings, has_final, has_dfinal, torch.backends.cuda.matmul.allow_tf32, tensors[0].device,
+        None if dy is None else dy.stride(),
+        *[None if t is None else (t.shape, t.stride(), t.dtype) for t in tensors],
+    )  # fmt: skip
+    prepared = _prepared.get(key)
+    if prepared is None:
+        if len(_prepared) >= _MOST_PREPARED:
+            _prepared.clear()
+        prepared = _Prepared(tensors, settings, dy, has_final, has_dfinal)
+        _prepared[key] = prepared
+    return prepared
+
+
+def _alignment(*tensors: Tensor | None):
+    """None when all pointers are multiples of 16, as Triton prefers, else which are not."""
+    union = 0
+    for t in tensors:
+        if t is not None:
+            union |= t.data_ptr()
+    if union % 16 == 0:
+        return None
+    return tuple(t is not None and t.data_ptr() % 16 for t in tensors)
+
+
+def _dense(tensors):
+    """x, dt, B, C and z as they are, the small tensors (A, D, …) without gaps."""
+    x, dt, A, B, C, D, z, *rest = tensors
+    A, D, *rest = (t if t is None or t.is_contiguous() else t.contiguous() for t in (A, D, *rest))
+    return (x, dt, A, B, C, D, z, *rest)
 
 
 def _forward(
@@ -334,13 +422,25 @@ def _forward(
     return_final_states, save_ungated,
 ):  # fmt: skip
     with _on(x.device):
-        call = _Call(x, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens, dt_softplus,
-                     low, high, reverse, backward=False)  # fmt: skip
+        tensors = _dense((x, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens))
+        settings = dt_softplus, low, high, reverse
+        call = _prepare(tensors, settings, None, return_final_states, False)
+        alignment = _alignment(*tensors)
+        floats, states = call.workspaces(x)
         y = torch.empty(call.shape, dtype=x.dtype, device=x.device)
-        final = call.empty_states() if return_final_states else None
-        ungated = torch.empty_like(y) if save_ungated else None
-        call.scan(None, final, None, None)
-        call.forward(z, y, ungated)
+        final = ungated = None
+        if return_final_states:
+            final = torch.empty(call.state_shape, dtype=torch.float32, device=x.device)
+        if save_ungated:
+            ungated = torch.empty_like(y)
+        call.scan(alignment, tensors, None, final, None, None, floats, states)
+        call.launch(
+            chunk_forward_kernel, (alignment, save_ungated), call.forward_grid,
+            call.cut.forward_warps,
+            x, B, C, _or(tensors[5], floats), _or(z, y), y, _or(ungated, y),
+            _or(tensors[9], floats), floats, states, *call.forward_args, save_ungated,
+            *call.forward_constants,
+        )  # fmt: skip
     return y, _present(final, y), _present(ungated, y)
 
 
@@ -349,32 +449,45 @@ def _backward(
     low, high, reverse,
 ):  # fmt: skip
     with _on(x.device):
-        call = _Call(x, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens, dt_softplus,
-                     low, high, reverse, backward=True)  # fmt: skip
+        tensors = _dense((x, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens))
+        _, _, A_, _, _, D_, _, dt_bias_, _, cu_seqlens_ = tensors
+        settings = dt_softplus, low, high, reverse
         dz = None
         if z is not None:
-            dout, dz = dy, torch.empty(call.shape, dtype=z.dtype, device=z.device)
-            dy = torch.empty_like(dz)
-            count = dz.numel()
-            gate_backward_kernel[(-(-count // GATE_BLOCK),)](
-                dout, z, ungated, dy, dz, *_strides(dout, 4), *_strides(z, 4),
-                call.l, call.h, call.p, count, GATE_BLOCK,
-            )  # fmt: skip
-        dinit = call.empty_states() if initial_states is not None else None
+            dy, dz = _gate_backward(dy, z, ungated)
         dfinal = None if dfinal is None else dfinal.contiguous()
-        call.scan(dy, None, dfinal, dinit)
+        call = _prepare(tensors, settings, dy, False, dfinal is not None)
+        alignment = _alignment(*tensors, dy, dfinal)
+        floats, states = call.workspaces(x)
+        dinit = None
+        if initial_states is not None:
+            dinit = torch.empty(call.state_shape, dtype=torch.float32, device=x.device)
+        call.scan(alignment, tensors, dy, None, dfinal, dinit, floats, states)
 
-        def empty(like, paired):
-            shape = (2, *like.shape) if paired and like.dim() == 4 else like.shape
-            return torch.empty(shape, dtype=like.dtype, device=like.device)
-
-        paired = not call.merged
-        dx, dB, dC = empty(x, paired), empty(B, paired), empty(C, paired)
-        ddt, dA = empty(dt, False), empty(A, False)
-        dbias = None if dt_bias is None else empty(dt_bias, False)
-        dD = None if D is None else empty(D, False)
-        call.backward(dy, dx, dB, dC, ddt, dA, dbias, dD)
-        if paired:
+        dx, dB, dC = (_gradient(t, not call.merged) for t in (x, B, C))
+        ddt, dA = _gradient(dt), _gradient(A)
+        dbias = None if dt_bias is None else _gradient(dt_bias)
+        dD = None if D is None else _gradient(D)
+        cut, cu = call.cut, _or(cu_seqlens_, floats)
+        split = call.split > 1
+        call.launch(
+            chunk_backward_kernel, alignment, call.chunk_grid, cut.backward_warps,
+            x, B, C, _or(D_, floats), dy, dx, cu, floats, states, *call.chunk_args,
+        )  # fmt: skip
+        call.launch(
+            shared_backward_kernel, alignment, call.shared_grid, cut.shared_warps,
+            x, B, C, dy, floats if split else dB, floats if split else dC, cu, floats, states,
+            *call.shared_args,
+        )  # fmt: skip
+        call.launch(
+            step_backward_kernel, alignment, call.step_grid, 4,
+            dt, A_, _or(dt_bias_, floats), ddt, cu, floats, *call.step_args,
+        )  # fmt: skip
+        call.launch(
+            reduce_kernel, None, call.reduce_grid, 4,
+            floats, dA, _or(dbias, floats), _or(dD, floats), dB, dC, *call.reduce_args,
+        )  # fmt: skip
+        if not call.merged:
             dx, dB, dC = (
                 grad.sum(0) if like.dim() == 4 else grad
                 for grad, like in ((dx, x), (dB, B), (dC, C))
@@ -383,6 +496,24 @@ def _backward(
             dinit = dinit.to(initial_states.dtype)
     optional = (_present(t, x) for t in (dD, dz, dbias, dinit))
     return dx, ddt, dA, dB, dC, *optional
+
+
+def _gate_backward(dout: Tensor, z: Tensor, ungated: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of y = u silu(z) for u and z."""
+    _, l, h, p = z.shape
+    dz = _gradient(z)
+    dy = torch.empty_like(dz)
+    count = dz.numel()
+    gate_backward_kernel[(-(-count // GATE_BLOCK),)](
+        dout, z, ungated, dy, dz, *dout.stride(), *z.stride(), l, h, p, count, GATE_BLOCK
+    )
+    return dy, dz
+
+
+def _gradient(like: Tensor, paired: bool = False) -> Tensor:
+    """Room for the gradient of `like`, one for each direction if `paired` and not so already."""
+    shape = (2, *like.shape) if paired and like.dim() == 4 else like.shape
+    return torch.empty(shape, dtype=like.dtype, device=like.device)
 
 
 def _strides(t: Tensor, dims: int) -> tuple[int, ...]:
@@ -395,21 +526,15 @@ def _or(t: Tensor | None, unused: Tensor) -> Tensor:
     return unused if t is None else t
 
 
-def _dense(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.contiguous()
-
-
-def _is_matrix(D: Tensor | None) -> bool:
-    return D is not None and D.dim() == 2
-
-
 def _present(t: Tensor | None, like: Tensor) -> Tensor:
     """Operators return tensors only: an empty one stands for none."""
     return torch.empty(0, dtype=like.dtype, device=like.device) if t is None else t
 
 
 def _on(device: torch.device) -> Any:
-    return torch.cuda.device(device) if device.type == "cuda" else torch.device(device)
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        return torch.cuda.device(device)
+    return contextlib.nullcontext()
 
 
 def _fake_forward(

@@ -2,27 +2,29 @@
 
 Dimension legend: batch b · seqlen l · nheads h · headdim p · ngroups g · dstate n · tile q
 
-S and R are stored per chunk of `CHUNK` tokens (see ssd_triton_scan); a program owns a tile of
-q = CHUNK or CHUNK / 2 tokens and the heads of a group. In the second case the tile's own S or R is
-what the stored one becomes over the chunk's other tile: one more product instead of twice the
-memory. With t the row of y, j of x, G = x dyᵀ, L = exp(cum_t - cum_j) where t is not before j in
-scan order, and everything held transposed, as (j, t), so that no accumulator is ever transposed to
-become an operand:
+With t the row of y, j of x, G = x dyᵀ, L = exp(cum_t - cum_j) where t is not before j in scan
+order, sums over t and j within a chunk, and d_in, d_out the decay from the chunk's start to t and
+from j to its end:
 
-    dx_j = Σ_t (B_j·C_t) L dt_j dy_t + decay_out_j dt_j R B_j + D dy_j
-    dB_j = Σ_heads Σ_t G L dt_j C_t + decay_out_j dt_j Rᵀ x_j
-    dC_t = Σ_heads Σ_j G L dt_j B_j + decay_in_t Sᵀ dy_t
-    dcum = (row sums - column sums of G ∘ L ∘ B Cᵀ dt) + the same of the two state terms
+    dx_j = Σ_t (B_j·C_t) L dt_j dy_t + d_out_j dt_j R B_j + D dy_j        chunk_backward_kernel
+    M_jt = Σ_heads G L dt_j                                               chunk_backward_kernel
+    dB_j = Σ_t M_jt C_t + Σ_heads d_out_j dt_j Rᵀ x_j                     shared_backward_kernel
+    dC_t = Σ_j M_jt B_j + Σ_heads d_in_t Sᵀ dy_t                          shared_backward_kernel
+    dcum = row - column sums of G ∘ L ∘ B Cᵀ dt and of the state terms    step_backward_kernel
 
-The row and column sums come from the same registers, so that what cancels between them cancels
-exactly. Sums over chunks are written per tile and added up in a fixed order: no atomics.
+A tile of the first kernel is q = CHUNK or CHUNK / 2 rows j against its own columns t, and against
+the chunk's other tile where that comes later in scan order. dx, M, and the state terms of dB and dC
+are computed by programs of their own, so that each fits in registers. Everything quadratic is held as (j, t), and
+M goes through memory, so that no accumulator is ever transposed to become an operand. Row and
+column sums come from the same registers: what cancels between them cancels. Sums over chunks are
+written per block and added up in a fixed order: no atomics.
 """
 
 import triton
 import triton.language as tl
 
-from .ssd_triton_forward import load_tile, products, tokens_of
-from .ssd_triton_scan import LOG2E, UNSPECIALIZED, softplus
+from .ssd_triton_forward import load_tile, not_hoisted, products, tokens_of
+from .ssd_triton_scan import UNSPECIALIZED, softplus
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -55,32 +57,384 @@ def _stored(
     states, ws, fade_off, carried_off, line, slots, slot, segments, segment_slots, at, mask, size,
     SEGMENTED: tl.constexpr,
 ):  # fmt: skip
-    """A stored S or R (float32), with what its segment was entered by."""
+    """A stored S or R, with what its segment was entered by."""
     value = tl.load(states + (line * slots + slot) * size + at, mask=mask, other=0.0)
-    value = value.to(tl.float32)
     if SEGMENTED:
         fade = tl.load(ws + fade_off + line * slots + slot)
         source = states + carried_off + (line * segments + slot // segment_slots) * size
-        value += fade * tl.load(source + at, mask=mask, other=0.0).to(tl.float32)
+        carried = tl.load(source + at, mask=mask, other=0.0).to(tl.float32)
+        value = (value.to(tl.float32) + fade * carried).to(value.dtype)
     return value
+
+
+@triton.jit
+def _input_gradient(
+    B_at, B_sl, B_sn, C_at, C_sl, C_sn, D, dy_row, dy_sl, dy_sh, dy_sp, dx, cu_ptr, ws, states,
+    cum_off, dtp_off, fade_off, carried_off, l, nseq, slots, rows, row, base, tile, heads,
+    first_head, head_count, segments, segment_slots, reverse, skips, p, n,
+    SCANS: tl.constexpr, DIRECTIONS: tl.constexpr, HAS_D: tl.constexpr, D_MATRIX: tl.constexpr,
+    PACKED: tl.constexpr, SEGMENTED: tl.constexpr, P_TILES: tl.constexpr, N_TILES: tl.constexpr,
+    CHUNK: tl.constexpr, Q: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr, DOT: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """dx of one tile: the forward kernel with dy for x, R for S, B and C exchanged, time turned."""
+    TILES: tl.constexpr = CHUNK // Q
+    slot = tile // TILES
+    half = tile % TILES
+    # The direction in which the other tile comes after this one, and whether that is scanned.
+    after = base.to(tl.int32)
+    has_other = half == reverse
+    if DIRECTIONS == 2:
+        after = half
+        has_other = half >= 0
+    r = tl.arange(0, Q)
+    r_own = half * Q + r
+    r_other = (1 - half) * Q + r
+    token, valid = tokens_of(cu_ptr, slot, r_own, l, nseq, PACKED, CHUNK)
+    other, other_valid = tokens_of(cu_ptr, slot, r_other, l, nseq, PACKED, CHUNK)
+    n_offs = tl.arange(0, NB)
+    b = load_tile(B_at, token, B_sl, valid, n_offs, B_sn, n_offs < n)
+    bc = products(B_at, B_sl, B_sn, token, valid, C_at, C_sl, C_sn, token, valid, n,
+                  N_TILES, Q, NB, DOT).to(b.dtype)  # fmt: skip
+    bc_far = bc
+    if TILES == 2:
+        bc_far = products(B_at, B_sl, B_sn, token, valid, C_at, C_sl, C_sn, other,
+                          other_valid & has_other, n, N_TILES, Q, NB, DOT).to(b.dtype)  # fmt: skip
+
+    for item in tl.range(0, head_count * P_TILES, num_stages=STAGES):
+        head = (first_head + item // P_TILES).to(tl.int64)
+        p_offs = item % P_TILES * PB + tl.arange(0, PB)
+        p_mask = p_offs < p
+        dy_at = dy_row + head * dy_sh
+        dyt = load_tile(dy_at, token, dy_sl, valid, p_offs, dy_sp, p_mask)
+        acc = tl.zeros((Q, PB), dtype=tl.float32)
+        if HAS_D:
+            if D_MATRIX:
+                d = tl.load(D + head * p + p_offs, mask=p_mask, other=0.0).to(tl.float32)
+                acc = dyt.to(tl.float32) * (d * skips)[None, :]
+            else:
+                acc = dyt.to(tl.float32) * (tl.load(D + head).to(tl.float32) * skips)
+        mix = tl.zeros((Q, Q), dtype=tl.float32)
+        order = not_hoisted(r, item)
+        for direction in tl.static_range(DIRECTIONS):
+            backwards = reverse
+            if DIRECTIONS == 2:
+                backwards = direction
+            line = ((base + direction) * rows + row) * heads + head
+            at = (line * slots + slot) * CHUNK
+            given = tl.zeros((Q, PB), dtype=tl.float32)
+            for n_tile in tl.static_range(N_TILES):
+                offs = n_tile * NB + tl.arange(0, NB)
+                leaving = _stored(
+                    states, ws, fade_off, carried_off, line + SCANS * rows * heads, slots, slot,
+                    segments, segment_slots, p_offs[None, :] * n + offs[:, None],
+                    p_mask[None, :] & (offs < n)[:, None], p * n, SEGMENTED,
+                )  # fmt: skip
+                bt = b
+                if N_TILES > 1:
+                    bt = load_tile(B_at, token, B_sl, valid, offs, B_sn, offs < n)
+                given = tl.dot(bt, leaving, given, input_precision=DOT)
+            cum = tl.load(ws + cum_off + at + r_own)
+            dt = tl.load(ws + dtp_off + at + r_own)
+            cum_end = tl.load(ws + cum_off + at + (1 - backwards) * (CHUNK - 1))
+            acc += given * (tl.exp2(cum_end - cum) * dt)[:, None]
+            seen = (order[None, :] - order[:, None]) * (1 - 2 * backwards) >= 0
+            mix += tl.where(seen, tl.exp2(cum[None, :] - cum[:, None]) * dt[:, None], 0.0)
+        acc = tl.dot((bc.to(tl.float32) * mix).to(dyt.dtype), dyt, acc, input_precision=DOT)
+        if TILES == 2:
+            if has_other:
+                far_line = (after * rows + row) * heads + head
+                far_at = (far_line * slots + slot) * CHUNK
+                cum_own = tl.load(ws + cum_off + far_at + r_own)
+                dt_own = tl.load(ws + dtp_off + far_at + r_own)
+                cum_far = tl.load(ws + cum_off + far_at + r_other)
+                dy_far = load_tile(dy_at, other, dy_sl, other_valid, p_offs, dy_sp, p_mask)
+                far = tl.exp2(cum_far[None, :] - cum_own[:, None]) * dt_own[:, None]
+                far *= bc_far.to(tl.float32)
+                acc = tl.dot(far.to(dy_far.dtype), dy_far, acc, input_precision=DOT)
+        at = (((base * rows + row) * l + token) * heads + head)[:, None] * p + p_offs[None, :]
+        tl.store(dx + at, acc.to(dx.dtype.element_ty), mask=valid[:, None] & p_mask[None, :])
+
+
+@triton.jit
+def _mixing_gradient(
+    x_row, x_sl, x_sh, x_sp, B_at, B_sl, B_sn, C_at, C_sl, C_sn, dy_row, dy_sl, dy_sh, dy_sp,
+    cu_ptr, ws, matrix, cum_off, dtp_off, row_off, far_off, column_off, column_far_off, dD_off,
+    l, nseq, slots, rows, row, base, slot, half, heads, first_head, head_count, tiles, reverse,
+    after, skips, p, n,
+    SCANS: tl.constexpr, DIRECTIONS: tl.constexpr, FAR: tl.constexpr, HAS_D: tl.constexpr,
+    D_MATRIX: tl.constexpr, PACKED: tl.constexpr, P_TILES: tl.constexpr, N_TILES: tl.constexpr,
+    CHUNK: tl.constexpr, Q: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr, DOT: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """M of a block: rows j of tile `half`, columns t of the same tile or (FAR) of the other.
+
+    And the block's row and column sums for dcum, and dD.
+    """
+    r = tl.arange(0, Q)
+    r_own = half * Q + r
+    r_t = r_own
+    if FAR:
+        r_t = (1 - half) * Q + r
+    token, valid = tokens_of(cu_ptr, slot, r_own, l, nseq, PACKED, CHUNK)
+    token_t, valid_t = tokens_of(cu_ptr, slot, r_t, l, nseq, PACKED, CHUNK)
+    bc = products(B_at, B_sl, B_sn, token, valid, C_at, C_sl, C_sn, token_t, valid_t, n,
+                  N_TILES, Q, NB, DOT)  # fmt: skip
+    total = tl.zeros((Q, Q), dtype=tl.float32)
+    # Sums over headdim, which start anew with each head.
+    row_0 = tl.zeros((Q,), dtype=tl.float32)
+    row_1 = tl.zeros((Q,), dtype=tl.float32)
+    column_0 = tl.zeros((Q,), dtype=tl.float32)
+    column_1 = tl.zeros((Q,), dtype=tl.float32)
+    dD_sum = 0.0
+    for item in tl.range(0, head_count * P_TILES, num_stages=STAGES):
+        head = (first_head + item // P_TILES).to(tl.int64)
+        p_tile = item % P_TILES
+        p_offs = p_tile * PB + tl.arange(0, PB)
+        p_mask = p_offs < p
+        keep = tl.where(p_tile == 0, 0.0, 1.0)
+        xt = load_tile(x_row + head * x_sh, token, x_sl, valid, p_offs, x_sp, p_mask)
+        dyt = load_tile(dy_row + head * dy_sh, token_t, dy_sl, valid_t, p_offs, dy_sp, p_mask)
+        g = tl.dot(xt, tl.trans(dyt), input_precision=DOT)
+        if FAR:
+            line = (after * rows + row) * heads + head
+            at = (line * slots + slot) * CHUNK
+            cum = tl.load(ws + cum_off + at + r_own)
+            cum_t = tl.load(ws + cum_off + at + r_t)
+            dt = tl.load(ws + dtp_off + at + r_own)
+            weighted = g * tl.exp2(cum_t[None, :] - cum[:, None])
+            e = weighted * bc
+            row_0 = row_0 * keep + tl.sum(e * dt[:, None], 0)
+            column_0 = column_0 * keep + tl.sum(e, 1)
+            tl.store(ws + far_off + at + r_t, row_0)
+            tl.store(ws + column_far_off + at + r_own, column_0)
+            total += weighted * dt[:, None]
+        else:
+            if HAS_D:
+                of_D = xt.to(tl.float32) * dyt.to(tl.float32) * skips
+                partials = (SCANS // DIRECTIONS) * rows * tiles
+                partial = (base * rows + row) * tiles + slot * (CHUNK // Q) + half
+                if D_MATRIX:
+                    tl.store(
+                        ws + dD_off + (head * p + p_offs) * partials + partial, tl.sum(of_D, 0),
+                        mask=p_mask,
+                    )  # fmt: skip
+                else:
+                    dD_sum = dD_sum * keep + tl.sum(tl.sum(of_D, 1))
+                    tl.store(ws + dD_off + head * partials + partial, dD_sum)
+            order = not_hoisted(r, item)
+            for direction in tl.static_range(DIRECTIONS):
+                backwards = reverse
+                if DIRECTIONS == 2:
+                    backwards = direction
+                line = ((base + direction) * rows + row) * heads + head
+                at = (line * slots + slot) * CHUNK
+                cum = tl.load(ws + cum_off + at + r_own)
+                dt = tl.load(ws + dtp_off + at + r_own)
+                seen = (order[None, :] - order[:, None]) * (1 - 2 * backwards) >= 0
+                weighted = g * tl.where(seen, tl.exp2(cum[None, :] - cum[:, None]), 0.0)
+                e = weighted * bc
+                row_sum = tl.sum(e * dt[:, None], 0)
+                column_sum = tl.sum(e, 1)
+                total += weighted * dt[:, None]
+                if direction == 0:
+                    row_0 = row_0 * keep + row_sum
+                    column_0 = column_0 * keep + column_sum
+                    tl.store(ws + row_off + at + r_own, row_0)
+                    tl.store(ws + column_off + at + r_own, column_0)
+                else:
+                    row_1 = row_1 * keep + row_sum
+                    column_1 = column_1 * keep + column_sum
+                    tl.store(ws + row_off + at + r_own, row_1)
+                    tl.store(ws + column_off + at + r_own, column_1)
+    tl.store(matrix + r_own[:, None] * CHUNK + r_t[None, :], total.to(matrix.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def chunk_backward_kernel(
-    x, B, C, dt, A, dt_bias, D, dy, dx, dB, dC, ddt, cu_ptr, ws, states,
+    x, B, C, D, dy, dx, cu_ptr, ws, states,
     x_sd, x_sb, x_sl, x_sh, x_sp, B_sd, B_sb, B_sl, B_sg, B_sn,
-    C_sd, C_sb, C_sl, C_sg, C_sn, dy_sb, dy_sl, dy_sh, dy_sp, dt_sd, dt_sb, dt_sl, dt_sh,
-    cum_off, dtp_off, fade_off, carried_off, dA_off, dbias_off, dD_off, dBC_off,
-    low, high, l, nseq, slots, rows, heads, heads_per_group, heads_per_program, splits, tiles,
+    C_sd, C_sb, C_sl, C_sg, C_sn, dy_sb, dy_sl, dy_sh, dy_sp,
+    cum_off, dtp_off, fade_off, carried_off, row_off, far_off, column_off, column_far_off, dD_off,
+    mix_off, l, nseq, slots, rows, heads, heads_per_group, heads_per_program, splits, tiles,
     segments, segment_slots, reverse, p, n,
-    SCANS: tl.constexpr, DIRECTIONS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_D: tl.constexpr,
-    D_MATRIX: tl.constexpr, SOFTPLUS: tl.constexpr, PACKED: tl.constexpr,
-    SEGMENTED: tl.constexpr, SPLIT: tl.constexpr, P_TILES: tl.constexpr, N_TILES: tl.constexpr,
-    CHUNK: tl.constexpr, Q: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr, DOT: tl.constexpr,
-    STAGES: tl.constexpr,
+    SCANS: tl.constexpr, DIRECTIONS: tl.constexpr, X_SHARED: tl.constexpr, HAS_D: tl.constexpr,
+    D_MATRIX: tl.constexpr, PACKED: tl.constexpr, SEGMENTED: tl.constexpr, P_TILES: tl.constexpr,
+    N_TILES: tl.constexpr, CHUNK: tl.constexpr, Q: tl.constexpr, PB: tl.constexpr,
+    NB: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """SCANS directions exist; a program serves all of them (DIRECTIONS == SCANS) or one."""
+    """Per chunk TILES programs for dx and BLOCKS for M and the sums of dcum, in one launch.
+
+    SCANS directions exist; a program serves all of them (DIRECTIONS == SCANS) or one.
+    """
     TILES: tl.constexpr = CHUNK // Q
+    pid = tl.program_id(0)
+    split = pid % splits
+    pid = pid // splits
+    groups = heads // heads_per_group
+    group = (pid % groups).to(tl.int64)
+    pid = pid // groups
+    job = pid % (TILES + BLOCKS)
+    pid = pid // (TILES + BLOCKS)
+    slot = pid % slots
+    pid = pid // slots
+    row = (pid % rows).to(tl.int64)
+    base = (pid // rows).to(tl.int64)  # the direction, where a program serves one of two
+    skips = 1.0
+    if SCANS > DIRECTIONS:
+        reverse = base.to(tl.int32)
+        if X_SHARED:
+            skips = tl.where(base == 0, 1.0, 0.0)  # D x counts once
+    first_head = group.to(tl.int32) * heads_per_group + split * heads_per_program
+    head_count = tl.minimum(heads_per_program, heads_per_group - split * heads_per_program)
+    x_row = x + base * x_sd + row * x_sb
+    dy_row = dy + row * dy_sb
+    B_at = B + base * B_sd + row * B_sb + group * B_sg
+    C_at = C + base * C_sd + row * C_sb + group * C_sg
+    matrix = ((base * rows + row) * groups + group) * splits + split
+    matrix = states + mix_off + (matrix * slots + slot) * CHUNK * CHUNK
+    block = job - TILES
+    if job < TILES:
+        _input_gradient(
+            B_at, B_sl, B_sn, C_at, C_sl, C_sn, D, dy_row, dy_sl, dy_sh, dy_sp, dx, cu_ptr, ws,
+            states, cum_off, dtp_off, fade_off, carried_off, l, nseq, slots, rows, row, base,
+            slot * TILES + job, heads, first_head, head_count, segments, segment_slots, reverse,
+            skips, p, n,
+            SCANS, DIRECTIONS, HAS_D, D_MATRIX, PACKED, SEGMENTED, P_TILES, N_TILES, CHUNK, Q, PB,
+            NB, DOT, STAGES,
+        )  # fmt: skip
+    elif block < TILES:
+        _mixing_gradient(
+            x_row, x_sl, x_sh, x_sp, B_at, B_sl, B_sn, C_at, C_sl, C_sn, dy_row, dy_sl, dy_sh,
+            dy_sp, cu_ptr, ws, matrix, cum_off, dtp_off, row_off, far_off, column_off,
+            column_far_off, dD_off, l, nseq, slots, rows, row, base, slot, block, heads,
+            first_head, head_count, tiles, reverse, base.to(tl.int32), skips, p, n,
+            SCANS, DIRECTIONS, False, HAS_D, D_MATRIX, PACKED, P_TILES, N_TILES, CHUNK, Q, PB, NB,
+            DOT, STAGES,
+        )  # fmt: skip
+    else:
+        half = reverse  # the tile that another follows in scan order
+        after = base.to(tl.int32)
+        if DIRECTIONS == 2:
+            half = block - TILES
+            after = half
+        _mixing_gradient(
+            x_row, x_sl, x_sh, x_sp, B_at, B_sl, B_sn, C_at, C_sl, C_sn, dy_row, dy_sl, dy_sh,
+            dy_sp, cu_ptr, ws, matrix, cum_off, dtp_off, row_off, far_off, column_off,
+            column_far_off, dD_off, l, nseq, slots, rows, row, base, slot, half, heads,
+            first_head, head_count, tiles, reverse, after, skips, p, n,
+            SCANS, DIRECTIONS, True, HAS_D, D_MATRIX, PACKED, P_TILES, N_TILES, CHUNK, Q, PB, NB,
+            DOT, STAGES,
+        )  # fmt: skip
+
+
+@triton.jit
+def _shared_side(
+    V, v_sl, v_sp, v_sh, U, u_sl, u_sn, O, o_sl, o_sn, matrix, matrix_row, matrix_column, target,
+    cum_at, dtp_at, vector, overlap, states, ws, fade_off, carried_off, line, token, valid, slot,
+    slots, rows, heads, groups, first_head, head_count, mix_splits, segments, segment_slots,
+    backwards_of_one, own, p, n,
+    SCANS: tl.constexpr, DIRECTIONS: tl.constexpr, OF_B: tl.constexpr, SEGMENTED: tl.constexpr,
+    P_TILES: tl.constexpr, CHUNK: tl.constexpr, Q: tl.constexpr, PB: tl.constexpr,
+    NB: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """dB (V = x, U = B, O = C) or dC (V = dy, U = C, O = B) of one chunk and block of dstate."""
+    r = tl.arange(0, CHUNK)
+    n_offs = own * NB + tl.arange(0, NB)
+    n_mask = n_offs < n
+    u = load_tile(U, token, u_sl, valid, n_offs, u_sn, n_mask)
+    acc = tl.zeros((CHUNK, NB), dtype=tl.float32)
+    sum_0 = tl.zeros((CHUNK,), dtype=tl.float32)
+    sum_1 = tl.zeros((CHUNK,), dtype=tl.float32)
+    met_0 = 0.0
+    met_1 = 0.0
+    for item in tl.range(0, head_count * P_TILES, num_stages=STAGES):
+        head = (first_head + item // P_TILES).to(tl.int64)
+        p_tile = item % P_TILES
+        p_offs = p_tile * PB + tl.arange(0, PB)
+        p_mask = p_offs < p
+        keep = tl.where(p_tile == 0, 0.0, 1.0)
+        v = load_tile(V + head * v_sh, token, v_sl, valid, p_offs, v_sp, p_mask)
+        for direction in tl.static_range(DIRECTIONS):
+            backwards = backwards_of_one
+            if DIRECTIONS == 2:
+                backwards = direction
+            this = line + direction * rows * heads + head
+            gradient = this + SCANS * rows * heads
+            at = p_offs[:, None] * n + n_offs[None, :]
+            mask = p_mask[:, None] & n_mask[None, :]
+            w = _stored(
+                states, ws, fade_off, carried_off, gradient if OF_B else this, slots, slot,
+                segments, segment_slots, at, mask, p * n, SEGMENTED,
+            )  # fmt: skip
+            cum = tl.load(cum_at + (this * slots + slot) * CHUNK + r)
+            part = tl.dot(v, w, input_precision=DOT)
+            if OF_B:
+                cum_end = tl.load(
+                    cum_at + (this * slots + slot) * CHUNK + (1 - backwards) * (CHUNK - 1)
+                )
+                part *= tl.exp2(cum_end - cum)[:, None]
+                dt = tl.load(dtp_at + (this * slots + slot) * CHUNK + r)
+                acc += part * dt[:, None]
+                s = _stored(
+                    states, ws, fade_off, carried_off, this, slots, slot, segments, segment_slots,
+                    at, mask, p * n, SEGMENTED,
+                )  # fmt: skip
+                met = tl.sum(tl.sum(s.to(tl.float32) * w.to(tl.float32), 1)) * tl.exp2(cum_end)
+                if direction == 0:
+                    met_0 = met_0 * keep + met
+                    met = met_0
+                else:
+                    met_1 = met_1 * keep + met
+                    met = met_1
+                tl.store(overlap + this * slots + slot, met)
+            else:
+                part *= tl.exp2(cum)[:, None]
+                acc += part
+            sums = tl.sum(part * u.to(tl.float32), 1)
+            if direction == 0:
+                sum_0 = sum_0 * keep + sums
+                sums = sum_0
+            else:
+                sum_1 = sum_1 * keep + sums
+                sums = sum_1
+            tl.store(vector + (this * slots + slot) * CHUNK + r, sums)
+
+    o = load_tile(O, token, o_sl, valid, n_offs, o_sn, n_mask)
+    m_at = r[:, None] * matrix_row + r[None, :] * matrix_column
+    # The tile that no other follows has no block outside the diagonal, unless both directions do.
+    later = (r[None, :] // Q - r[:, None] // Q) * (1 - 2 * backwards_of_one)
+    if not OF_B:
+        later = -later
+    written = (later >= 0) | (DIRECTIONS == 2)
+    for _ in range(0, mix_splits):
+        m = tl.load(matrix + m_at, mask=written, other=0.0)
+        matrix += slots.to(tl.int64) * CHUNK * CHUNK
+        acc = tl.dot(m, o, acc, input_precision=DOT)
+    tl.store(
+        target + (token * groups)[:, None] * n + n_offs[None, :], acc.to(target.dtype.element_ty),
+        mask=valid[:, None] & n_mask[None, :],
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def shared_backward_kernel(
+    x, B, C, dy, dB, dC, cu_ptr, ws, states,
+    x_sd, x_sb, x_sl, x_sh, x_sp, B_sd, B_sb, B_sl, B_sg, B_sn,
+    C_sd, C_sb, C_sl, C_sg, C_sn, dy_sb, dy_sl, dy_sh, dy_sp,
+    cum_off, dtp_off, fade_off, carried_off, into_off, out_off, overlap_off, mix_off,
+    dB_off, dC_off,
+    l, nseq, slots, rows, heads, heads_per_group, heads_per_program, splits, mix_splits,
+    segments, segment_slots, reverse, p, n,
+    SCANS: tl.constexpr, DIRECTIONS: tl.constexpr, PACKED: tl.constexpr,
+    SEGMENTED: tl.constexpr, P_TILES: tl.constexpr, N_TILES: tl.constexpr,
+    CHUNK: tl.constexpr, Q: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr,
+    DOT: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """dB and dC, which heads share; and Σ_n of their state terms with B and C, for the steps.
+
+    With splits > 1 the targets are float32 partial sums, one per split.
+    """
     pid = tl.program_id(0)
     split = pid % splits
     pid = pid // splits
@@ -89,218 +443,123 @@ def chunk_backward_kernel(
     groups = heads // heads_per_group
     group = (pid % groups).to(tl.int64)
     pid = pid // groups
-    tile = pid % tiles
-    pid = pid // tiles
+    slot = pid % slots
+    pid = pid // slots
     row = (pid % rows).to(tl.int64)
-    base = (pid // rows).to(tl.int64)  # the direction, where a program serves one of two
+    pid = pid // rows
+    base = (pid % (SCANS // DIRECTIONS)).to(tl.int64)
+    kind = pid // (SCANS // DIRECTIONS)
     if SCANS > DIRECTIONS:
         reverse = base.to(tl.int32)
-    slot = tile // TILES
-    half = tile % TILES
     first_head = group.to(tl.int32) * heads_per_group + split * heads_per_program
     head_count = tl.minimum(heads_per_program, heads_per_group - split * heads_per_program)
-
-    r = tl.arange(0, Q)
-    r_slot = half * Q + r
-    token, valid = tokens_of(cu_ptr, slot, r_slot, l, nseq, PACKED, CHUNK)
-    r_other = (1 - half) * Q + r
-    other, other_valid = token, valid
-    if TILES == 2:
-        other, other_valid = tokens_of(cu_ptr, slot, r_other, l, nseq, PACKED, CHUNK)
+    token, valid = tokens_of(cu_ptr, slot, tl.arange(0, CHUNK), l, nseq, PACKED, CHUNK)
     B_at = B + base * B_sd + row * B_sb + group * B_sg
     C_at = C + base * C_sd + row * C_sb + group * C_sg
-    bc = products(B_at, B_sl, B_sn, C_at, C_sl, C_sn, token, valid, n, N_TILES, Q, NB, DOT)
-    own_offs = own * NB + tl.arange(0, NB)
-    b_own = load_tile(B_at, token, B_sl, valid, own_offs, B_sn, own_offs < n)
-    c_own = load_tile(C_at, token, C_sl, valid, own_offs, C_sn, own_offs < n)
-    dbc = tl.zeros((Q, Q), dtype=tl.float32)
-    db = tl.zeros((Q, NB), dtype=tl.float32)
-    dc = tl.zeros((NB, Q), dtype=tl.float32)
-    ddt_0 = tl.zeros((Q,), dtype=tl.float32)
-    ddt_1 = tl.zeros((Q,), dtype=tl.float32)
-    dA_0 = 0.0
-    dA_1 = 0.0
-    dD_sum = 0.0
-    partials = rows * tiles  # partial sums per head
-    partial = row * tiles + tile
-
-    for item in tl.range(0, head_count * P_TILES, num_stages=STAGES):
-        head = (first_head + item // P_TILES).to(tl.int64)
-        p_tile = item % P_TILES
-        keep = tl.where(p_tile == 0, 0.0, 1.0)  # sums over headdim start anew with each head
-        p_offs = p_tile * PB + tl.arange(0, PB)
-        p_mask = p_offs < p
-        x_at = x + base * x_sd + row * x_sb + head * x_sh
-        dy_at = dy + row * dy_sb + head * dy_sh
-        xt = load_tile(x_at, token, x_sl, valid, p_offs, x_sp, p_mask)
-        dyt = load_tile(dy_at, token, dy_sl, valid, p_offs, dy_sp, p_mask)
-        g = tl.dot(xt, tl.trans(dyt), input_precision=DOT)
-        gbc = g * bc
-        mix = tl.zeros((Q, Q), dtype=tl.float32)
-        dx_t = tl.zeros((PB, Q), dtype=tl.float32)
-
-        for direction in tl.static_range(DIRECTIONS):
-            backwards = reverse
-            if DIRECTIONS == 2:
-                backwards = direction
-            line = ((base + direction) * rows + row) * heads + head
-            gradient_line = line + SCANS * rows * heads
-            cum_at = ws + cum_off + (line * slots + slot) * CHUNK
-            dtp_at = ws + dtp_off + (line * slots + slot) * CHUNK
-            cum = tl.load(cum_at + r_slot)
-            dtp = tl.load(dtp_at + r_slot)
-            is_first = half == backwards  # of two tiles, the first in scan order
-            cum_out = tl.load(cum_at + half * Q + (1 - backwards) * (Q - 1))
-            cum_in = 0.0
-            if TILES == 2:
-                edge = half * Q - 1 + backwards * (Q + 1)
-                cum_in = tl.load(cum_at + edge, mask=is_first == 0, other=0.0)
-            seen = (r[None, :] - r[:, None]) * (1 - 2 * backwards) >= 0
-            decay = tl.where(seen, tl.exp2(cum[None, :] - cum[:, None]), 0.0)
-            e = gbc * decay
-            column = tl.sum(e, 1)
-            inner = tl.sum(e * dtp[:, None], 0)
-            mix += decay * dtp[:, None]
-
-            decay_in = tl.exp2(cum - cum_in)
-            decay_out = tl.exp2(cum_out - cum)
-            whole = tl.exp2(cum_out - cum_in)
-            s_dot_r = 0.0
-            for n_tile in tl.static_range(N_TILES):
-                n_offs = n_tile * NB + tl.arange(0, NB)
-                n_mask = n_offs < n
-                bt = b_own
-                ct = c_own
-                if N_TILES > 1:
-                    bt = load_tile(B_at, token, B_sl, valid, n_offs, B_sn, n_mask)
-                    ct = load_tile(C_at, token, C_sl, valid, n_offs, C_sn, n_mask)
-                s = _stored(
-                    states, ws, fade_off, carried_off, line, slots, slot, segments, segment_slots,
-                    n_offs[:, None] + p_offs[None, :] * n, n_mask[:, None] & p_mask[None, :],
-                    p * n, SEGMENTED,
-                )  # fmt: skip
-                rr = _stored(
-                    states, ws, fade_off, carried_off, gradient_line, slots, slot, segments,
-                    segment_slots, p_offs[:, None] * n + n_offs[None, :],
-                    p_mask[:, None] & n_mask[None, :], p * n, SEGMENTED,
-                )  # fmt: skip
-                if TILES == 2:
-                    cum_other = tl.load(cum_at + r_other)
-                    if is_first:
-                        # R of the chunk's end, brought back over the other tile.
-                        cum_end = tl.load(cum_at + (1 - backwards) * (CHUNK - 1))
-                        dyo = load_tile(dy_at, other, dy_sl, other_valid, p_offs, dy_sp, p_mask).to(
-                            tl.float32
-                        )
-                        weighted = (dyo * tl.exp2(cum_other - cum_out)[:, None]).to(xt.dtype)
-                        co = load_tile(C_at, other, C_sl, other_valid, n_offs, C_sn, n_mask)
-                        rr = tl.dot(
-                            tl.trans(weighted), co, rr * tl.exp2(cum_end - cum_out),
-                            input_precision=DOT,
-                        )  # fmt: skip
-                    else:
-                        # S of the chunk's start, brought forward over the other tile.
-                        dto = tl.load(dtp_at + r_other) * tl.exp2(cum_in - cum_other)
-                        xo = load_tile(x_at, other, x_sl, other_valid, p_offs, x_sp, p_mask).to(
-                            tl.float32
-                        )
-                        weighted = (xo * dto[:, None]).to(xt.dtype)
-                        bo = load_tile(B_at, other, B_sl, other_valid, n_offs, B_sn, n_mask)
-                        s = tl.dot(tl.trans(bo), weighted, s * tl.exp2(cum_in), input_precision=DOT)
-                s = s.to(xt.dtype)
-                rr = rr.to(xt.dtype)
-                dc_part = tl.dot(s, tl.trans(dyt), input_precision=DOT) * decay_in[None, :]
-                inner += tl.sum(dc_part * tl.trans(ct).to(tl.float32), 0)
-                db_part = tl.dot(xt, rr, input_precision=DOT) * decay_out[:, None]
-                left = tl.sum(db_part * bt.to(tl.float32), 1)
-                column += left
-                s_dot_r += tl.sum(left * dtp) + whole * tl.sum(
-                    tl.sum(s.to(tl.float32) * tl.trans(rr).to(tl.float32), 1)
-                )
-                dx_t += tl.dot(rr, tl.trans(bt), input_precision=DOT) * (decay_out * dtp)[None, :]
-                if N_TILES == 1:
-                    dc += dc_part
-                    db += db_part * dtp[:, None]
-                else:
-                    dc += tl.where(own == n_tile, dc_part, 0.0)
-                    db += tl.where(own == n_tile, db_part * dtp[:, None], 0.0)
-
-            # dcum per token, then the sum over the tokens not before it in scan order.
-            dcum = inner - dtp * column
-            running = tl.cumsum(dcum, 0)
-            da = tl.where(backwards == 1, running, tl.sum(dcum, 0) - running + dcum) + s_dot_r
-            a = tl.load(A + (base + direction) * heads + head).to(tl.float32)
-            ddtp = a * da + column
-            dt_at = dt + (base + direction) * dt_sd + row * dt_sb + head * dt_sh
-            raw = tl.load(dt_at + token * dt_sl, mask=valid, other=0.0).to(tl.float32)
-            if HAS_BIAS:
-                raw += tl.load(dt_bias + (base + direction) * heads + head).to(tl.float32)
-            active = raw
-            if SOFTPLUS:
-                active = softplus(raw)
-                ddtp *= tl.sigmoid(raw)
-            live = valid & (active >= low) & (active <= high)
-            ddtp = tl.where(live, ddtp, 0.0)
-            dA = tl.sum(da * dtp)
-            if direction == 0:
-                ddt_0 = ddt_0 * keep + ddtp
-                dA_0 = dA_0 * keep + dA
-                ddtp = ddt_0
-                dA = dA_0
-            else:
-                ddt_1 = ddt_1 * keep + ddtp
-                dA_1 = dA_1 * keep + dA
-                ddtp = ddt_1
-                dA = dA_1
-            if own == 0:
-                line_of_head = (base + direction) * heads + head
-                at = (((base + direction) * rows + row) * l + token) * heads + head
-                tl.store(ddt + at, ddtp.to(ddt.dtype.element_ty), mask=valid)
-                tl.store(ws + dA_off + line_of_head * partials + partial, dA)
-                if HAS_BIAS:
-                    tl.store(ws + dbias_off + line_of_head * partials + partial, tl.sum(ddtp))
-
-        dx_acc = tl.dot((bc * mix).to(xt.dtype), dyt, tl.trans(dx_t), input_precision=DOT)
-        dbc += g * mix
-        if HAS_D:
-            of_D = xt.to(tl.float32) * dyt.to(tl.float32)
-            if D_MATRIX:
-                d = tl.load(D + head * p + p_offs, mask=p_mask, other=0.0).to(tl.float32)
-                dx_acc += dyt.to(tl.float32) * d[None, :]
-                if own == 0:
-                    at = (head * p + p_offs) * (SCANS // DIRECTIONS) + base
-                    tl.store(ws + dD_off + at * partials + partial, tl.sum(of_D, 0), mask=p_mask)
-            else:
-                dx_acc += dyt.to(tl.float32) * tl.load(D + head).to(tl.float32)
-                dD_sum = dD_sum * keep + tl.sum(tl.sum(of_D, 1))
-                if own == 0:
-                    at = head * (SCANS // DIRECTIONS) + base
-                    tl.store(ws + dD_off + at * partials + partial, dD_sum)
-        if own == 0:
-            at = (((base * rows + row) * l + token) * heads + head)[:, None] * p + p_offs[None, :]
-            tl.store(dx + at, dx_acc.to(dx.dtype.element_ty), mask=valid[:, None] & p_mask[None, :])
-
-    dbc = dbc.to(b_own.dtype)
-    db = tl.dot(dbc, c_own, db, input_precision=DOT)
-    dc = tl.dot(tl.trans(b_own), dbc, dc, input_precision=DOT)
-    at = ((base * rows + row) * l + token) * groups + group
-    b_at = at[:, None] * n + own_offs[None, :]
-    c_at = at[None, :] * n + own_offs[:, None]
-    b_mask = valid[:, None] & (own_offs < n)[None, :]
-    c_mask = valid[None, :] & (own_offs < n)[:, None]
-    if SPLIT:
-        size = (SCANS // DIRECTIONS) * rows.to(tl.int64) * l * groups * n
-        parts = ws + dBC_off + split * size
-        tl.store(parts + b_at, db, mask=b_mask)
-        tl.store(parts + splits * size + c_at, dc, mask=c_mask)
+    line = (base * rows + row) * heads
+    vectors = SCANS * rows.to(tl.int64) * heads * slots
+    # The quadratic part belongs to the first split alone.
+    mixes = tl.where(split == 0, mix_splits, 0)
+    matrix = (base * rows + row) * groups + group
+    matrix = states + mix_off + (matrix * mix_splits * slots + slot) * CHUNK * CHUNK
+    shift = (((split * (SCANS // DIRECTIONS) + base) * rows + row) * l * groups + group) * n
+    if kind == 0:
+        _shared_side(
+            x + base * x_sd + row * x_sb, x_sl, x_sp, x_sh, B_at, B_sl, B_sn, C_at, C_sl, C_sn,
+            matrix, CHUNK, 1, dB + dB_off + shift, ws + cum_off, ws + dtp_off,
+            ws + out_off + own * vectors * CHUNK, ws + overlap_off + own * vectors,
+            states, ws, fade_off, carried_off, line, token, valid, slot, slots, rows, heads,
+            groups, first_head, head_count, mixes, segments, segment_slots, reverse, own, p, n,
+            SCANS, DIRECTIONS, True, SEGMENTED, P_TILES, CHUNK, Q, PB, NB, DOT, STAGES,
+        )  # fmt: skip
     else:
-        tl.store(dB + b_at, db.to(dB.dtype.element_ty), mask=b_mask)
-        tl.store(dC + c_at, dc.to(dC.dtype.element_ty), mask=c_mask)
+        _shared_side(
+            dy + row * dy_sb, dy_sl, dy_sp, dy_sh, C_at, C_sl, C_sn, B_at, B_sl, B_sn,
+            matrix, 1, CHUNK, dC + dC_off + shift, ws + cum_off, ws + dtp_off,
+            ws + into_off + own * vectors * CHUNK, ws + overlap_off,
+            states, ws, fade_off, carried_off, line, token, valid, slot, slots, rows, heads,
+            groups, first_head, head_count, mixes, segments, segment_slots, reverse, own, p, n,
+            SCANS, DIRECTIONS, False, SEGMENTED, P_TILES, CHUNK, Q, PB, NB, DOT, STAGES,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def step_backward_kernel(
+    dt, A, dt_bias, ddt, cu_ptr, ws, dt_sd, dt_sb, dt_sl, dt_sh,
+    dtp_off, row_off, far_off, column_off, column_far_off, into_off, out_off, overlap_off, dA_off, dbias_off,
+    low, high, l, nseq, slots, rows, heads, reverse,
+    DIRECTIONS: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
+    PACKED: tl.constexpr, N_TILES: tl.constexpr, CHUNK: tl.constexpr, Q: tl.constexpr,
+    SLOTS: tl.constexpr,
+):  # fmt: skip
+    """ddt of one head and SLOTS chunks, and their part of the sums for dA and d(dt_bias)."""
+    pid = tl.program_id(0)
+    blocks = tl.cdiv(slots, SLOTS)
+    block = pid % blocks
+    pid = pid // blocks
+    line = pid.to(tl.int64)  # direction, row, head
+    head = line % heads
+    row = line // heads % rows
+    direction = line // heads // rows
+    if DIRECTIONS == 2:
+        reverse = direction.to(tl.int32)
+    r = tl.arange(0, CHUNK)
+    slot = block * SLOTS + tl.arange(0, SLOTS)
+    if PACKED:
+        token, inside = tokens_of(cu_ptr, block, r, l, nseq, PACKED, CHUNK)
+        token = token[None, :]
+        inside = inside[None, :]
+    else:
+        token = (slot[:, None] * CHUNK + r[None, :]).to(tl.int64)
+        inside = token < l
+    known = slot < slots
+    valid = inside & known[:, None]
+    at = (line * slots + slot)[:, None] * CHUNK + r[None, :]
+    mask = known[:, None] & (r >= 0)[None, :]
+    vectors = DIRECTIONS * rows.to(tl.int64) * heads * slots
+
+    dtp = tl.load(ws + dtp_off + at, mask=mask, other=0.0)
+    column = tl.load(ws + column_off + at, mask=mask, other=0.0)
+    dcum = tl.load(ws + row_off + at, mask=mask, other=0.0)
+    if CHUNK > Q:
+        later = (r >= Q) != (reverse != 0)  # the tile that another precedes in scan order
+        dcum += tl.load(ws + far_off + at, mask=mask & later[None, :], other=0.0)
+        earlier = mask & (later == 0)[None, :]
+        column += tl.load(ws + column_far_off + at, mask=earlier, other=0.0)
+    leaving = tl.zeros((SLOTS,), dtype=tl.float32)
+    for tile in tl.static_range(N_TILES):
+        dcum += tl.load(ws + into_off + tile * vectors * CHUNK + at, mask=mask, other=0.0)
+        out = tl.load(ws + out_off + tile * vectors * CHUNK + at, mask=mask, other=0.0)
+        column += out
+        overlap = ws + overlap_off + tile * vectors + line * slots + slot
+        leaving += tl.sum(out * dtp, 1) + tl.load(overlap, mask=known, other=0.0)
+    dcum -= dtp * column
+
+    # The sum over the tokens not before this one in scan order.
+    running = tl.cumsum(dcum, 1)
+    whole = tl.sum(dcum, 1)[:, None]
+    da = tl.where(reverse != 0, running, whole - running + dcum) + leaving[:, None]
+    ddt_value = tl.load(A + direction * heads + head).to(tl.float32) * da + column
+    dt_at = dt + direction * dt_sd + row * dt_sb + head * dt_sh
+    raw = tl.load(dt_at + token * dt_sl, mask=valid, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        raw += tl.load(dt_bias + direction * heads + head).to(tl.float32)
+    active = raw
+    if SOFTPLUS:
+        active = softplus(raw)
+        ddt_value *= tl.sigmoid(raw)
+    ddt_value = tl.where(valid & (active >= low) & (active <= high), ddt_value, 0.0)
+    at = ((direction * rows + row) * l + token) * heads + head
+    tl.store(ddt + at, ddt_value.to(ddt.dtype.element_ty), mask=valid)
+    partial = ((direction * heads + head) * rows + row) * blocks + block
+    tl.store(ws + dA_off + partial, tl.sum(tl.sum(da * dtp, 1)))
+    if HAS_BIAS:
+        tl.store(ws + dbias_off + partial, tl.sum(tl.sum(ddt_value, 1)))
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def reduce_kernel(
-    ws, dA, dbias, dD, dB, dC, dA_off, dbias_off, dD_off, dBC_off, heads, D_rows, partials,
+    ws, dA, dbias, dD, dB, dC, dA_off, dbias_off, dD_off, dB_off, dC_off, heads, D_rows, partials,
     D_partials, splits, size,
     SCANS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_D: tl.constexpr, SPLIT: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -346,8 +605,7 @@ def reduce_kernel(
         b_total = tl.zeros((BLOCK,), dtype=tl.float32)
         c_total = tl.zeros((BLOCK,), dtype=tl.float32)
         for split in range(0, splits):
-            parts = ws + dBC_off + split * size
-            b_total += tl.load(parts + at, mask=inside, other=0.0)
-            c_total += tl.load(parts + splits * size + at, mask=inside, other=0.0)
+            b_total += tl.load(ws + dB_off + split * size + at, mask=inside, other=0.0)
+            c_total += tl.load(ws + dC_off + split * size + at, mask=inside, other=0.0)
         tl.store(dB + at, b_total.to(dB.dtype.element_ty), mask=inside)
         tl.store(dC + at, c_total.to(dC.dtype.element_ty), mask=inside)

@@ -26,6 +26,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 UNSPECIALIZED = (
     "l", "nseq", "slots", "rows", "segments", "segment_slots", "reverse", "low", "high",
     "dt_sd", "dt_sb", "dt_sl", "dt_sh", "tiles", "heads_per_program", "splits", "partials",
+    "mix_splits",
 )  # fmt: skip
 
 
