@@ -30,7 +30,14 @@ from mamba2_apps.data import Preprocessing
 from mamba2_apps.files import replacing, write_json, write_text
 from mamba2_apps.recipes import Recipe
 from mamba2_apps.tasks import Task
-from mamba2_apps.training import BEST, LAST, Recorder, build_trainer, quiet_lightning
+from mamba2_apps.training import (
+    BEST,
+    LAST,
+    Recorder,
+    build_trainer,
+    ctrl_c_noted,
+    quiet_lightning,
+)
 
 CONFIG, WEIGHTS, METRICS = "config.yaml", "model.safetensors", "metrics.json"
 LABELS, PREPROCESSING = "labels.json", "preprocessing.json"
@@ -119,14 +126,17 @@ def _train(recipe: Recipe, run: Path) -> dict[str, Any]:
 def _fit(recipe: Recipe, task: Task, run: Path) -> Recorder:
     last = run / LAST
     step = _read_checkpoint(last)["global_step"] if last.exists() else 0
-    trainer = build_trainer(recipe.trainer, run=run, seed=recipe.seed, first_step=step)
-    try:
-        trainer.fit(task, datamodule=recipe.data, ckpt_path=last if last.exists() else None)
-    except SystemExit:
-        # Lightning turns Ctrl-C into an exit.
-        if trainer.state.status == TrainerStatus.INTERRUPTED:
-            raise KeyboardInterrupt from None
-        raise
+    with ctrl_c_noted() as interrupt:
+        trainer = build_trainer(
+            recipe.trainer, run=run, seed=recipe.seed, interrupt=interrupt, first_step=step
+        )
+        try:
+            trainer.fit(task, datamodule=recipe.data, ckpt_path=last if last.exists() else None)
+        except SystemExit:
+            # Lightning turns KeyboardInterrupt into an exit.
+            if trainer.state.status == TrainerStatus.INTERRUPTED:
+                raise KeyboardInterrupt from None
+            raise
     return next(c for c in trainer.callbacks if isinstance(c, Recorder))  # type: ignore[attr-defined]
 
 

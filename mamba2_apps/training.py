@@ -8,8 +8,12 @@ random numbers are a function of (seed, epoch, batch), the place in the data is 
 import csv
 import io
 import math
+import signal
 import sys
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -76,15 +80,21 @@ class TrainerConfig:
             raise ValueError(f"trainer.ema_decay is {self.ema_decay}, expected 0 to 1, or null")
 
 
-def build_trainer(config: TrainerConfig, *, run: Path, seed: int, first_step: int = 0) -> Trainer:
+def build_trainer(
+    config: TrainerConfig, *, run: Path, seed: int, interrupt: threading.Event, first_step: int = 0
+) -> Trainer:
     """A Trainer that writes checkpoints, curves and logs into the folder `run`.
 
     Args:
+        interrupt: when it is set, training saves a checkpoint and raises KeyboardInterrupt.
         first_step: optimizer step of the checkpoint to resume from; later events are dropped from
             the TensorBoard log.
     """
     bar = sys.stderr.isatty()
-    callbacks: list[Callback] = [SeedEveryBatch(seed), Recorder(run, config, lines=not bar)]
+    callbacks: list[Callback] = [
+        SeedEveryBatch(seed),
+        Recorder(run, config, interrupt, lines=not bar),
+    ]
     if bar:
         callbacks.append(RichProgressBar(console_kwargs={"stderr": True}))
     if config.ema_decay is not None:
@@ -111,6 +121,30 @@ def build_trainer(config: TrainerConfig, *, run: Path, seed: int, first_step: in
         enable_model_summary=False,
         default_root_dir=run,
     )
+
+
+@contextmanager
+def ctrl_c_noted() -> Iterator[threading.Event]:
+    """Turn the first Ctrl-C into an event that training looks at between batches.
+
+    An exception raised anywhere may be swallowed where Python ignores exceptions, in a destructor
+    say, and would lose the steps since the last checkpoint. A second Ctrl-C ends at once.
+    """
+    noted = threading.Event()
+
+    def note(number: int, frame: object) -> None:
+        if noted.is_set():
+            raise KeyboardInterrupt
+        noted.set()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield noted  # signals go to the main thread only
+        return
+    previous = signal.signal(signal.SIGINT, note)
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def quiet_lightning() -> None:
@@ -158,8 +192,10 @@ class Recorder(Checkpoint):
     validation and its row in the table, is complete. Lightning runs Checkpoint callbacks last.
     """
 
-    def __init__(self, run: Path, config: TrainerConfig, *, lines: bool) -> None:
-        self.run, self.config, self.lines = run, config, lines
+    def __init__(
+        self, run: Path, config: TrainerConfig, interrupt: threading.Event, *, lines: bool
+    ) -> None:
+        self.run, self.config, self.interrupt, self.lines = run, config, interrupt, lines
         self.history: list[dict[str, Any]] = []
         self.best_epoch: int | None = None
         self.best_score = math.inf if config.mode == "min" else -math.inf
@@ -171,10 +207,18 @@ class Recorder(Checkpoint):
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        interval = self.config.checkpoint_every_n_steps * self.config.accumulate_batches
         done = batch_idx + 1
-        if done % interval == 0 and done < trainer.num_training_batches:
+        if done == trainer.num_training_batches:
+            return  # the epoch's end saves it
+        steps, between_steps = divmod(done, self.config.accumulate_batches)
+        if between_steps:
+            return
+        if steps % self.config.checkpoint_every_n_steps == 0 or self.interrupt.is_set():
             trainer.save_checkpoint(self.run / LAST)
+        self._stop_if_interrupted()
+
+    def on_validation_batch_end(self, *arguments: Any, **names: Any) -> None:
+        self._stop_if_interrupted()
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
         values = {k: v.item() for k, v in trainer.callback_metrics.items() if "/" in k}
@@ -196,6 +240,7 @@ class Recorder(Checkpoint):
             self.write_table()
             if self.lines:
                 print(self._line(row, better), file=sys.stderr, flush=True)
+        self._stop_if_interrupted()
 
     def write_table(self) -> None:
         """Write one row per epoch into the RUN."""
@@ -217,6 +262,10 @@ class Recorder(Checkpoint):
         self.history = state_dict["history"]
         self.best_epoch, self.best_score = state_dict["best_epoch"], state_dict["best_score"]
         self.stopped = state_dict["stopped"]
+
+    def _stop_if_interrupted(self) -> None:
+        if self.interrupt.is_set():
+            raise KeyboardInterrupt
 
     def _score(self, values: dict[str, float]) -> float:
         """The monitored value. Raises ValueError where it is unknown or not finite."""

@@ -15,7 +15,13 @@ import torch
 from safetensors.torch import load_file
 
 from mamba2_apps import catalog, files, runs
-from mamba2_apps.training import BEST, LAST, SyncedCheckpointIO, TrainerConfig
+from mamba2_apps.training import (
+    BEST,
+    LAST,
+    SeedEveryBatch,
+    SyncedCheckpointIO,
+    TrainerConfig,
+)
 from mamba2_apps.vision.digits import Digits
 
 # Dropped paths, augmentation, EMA, early stopping, clipping and accumulation: all that has a state.
@@ -71,7 +77,7 @@ def assert_same_result(run: Path, expected: Path) -> None:
     ],
     ids=["accumulation", "workers", "early-stop"],
 )
-def test_resumes_bitwise_from_every_checkpoint(tmp_path, monkeypatch, options, expected_epochs):
+def test_resumes_bitwise_from_checkpoints(tmp_path, monkeypatch, options, expected_epochs):
     kept: list[Path] = []
     save = SyncedCheckpointIO.save_checkpoint
 
@@ -87,8 +93,9 @@ def test_resumes_bitwise_from_every_checkpoint(tmp_path, monkeypatch, options, e
         train(tmp_path / "whole", "--trainer.checkpoint_every_n_steps=3", *options)
     places = [torch.load(run / LAST)["Digits"] for run in kept]
     assert {place["epoch"] for place in places} == set(range(expected_epochs + 1))
-    assert any(place["batches_done"] for place in places), "no checkpoint within an epoch"
-    for run in kept[1::2] + kept[-1:]:
+    within = [run for run, place in zip(kept, places, strict=True) if place["batches_done"]]
+    assert len(within) >= expected_epochs, "no checkpoint within an epoch"
+    for run in [*within[1 :: len(within) // 3], *kept[-1:]]:
         runs.resume(run)
         assert_same_result(run, tmp_path / "whole")
 
@@ -119,6 +126,27 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path):
     )
     runs.train(catalog.find("vision/digits"), tmp_path / "whole", options)
     assert_same_result(run, tmp_path / "whole")
+
+
+def test_ctrl_c_saves_between_batches_and_the_resumed_run_is_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(Digits, "baselines", lambda self: {})
+    train(tmp_path / "whole")
+    start = SeedEveryBatch.on_train_batch_start
+
+    def press_ctrl_c(self, trainer, module, batch, batch_idx):
+        if trainer.global_step == 12:
+            os.kill(os.getpid(), signal.SIGINT)
+        start(self, trainer, module, batch, batch_idx)
+
+    before = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch:
+        patch.setattr(SeedEveryBatch, "on_train_batch_start", press_ctrl_c)
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path / "run")
+    assert signal.getsignal(signal.SIGINT) is before
+    assert torch.load(tmp_path / "run" / LAST)["global_step"] == 13
+    runs.resume(tmp_path / "run")
+    assert_same_result(tmp_path / "run", tmp_path / "whole")
 
 
 def test_killed_before_the_first_checkpoint_starts_again(tmp_path, monkeypatch):
