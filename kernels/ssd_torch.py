@@ -16,13 +16,13 @@ Dimension legend: batch b · seqlen l · nheads h · headdim p · ngroups g · d
     r rows and c chunks of a block
 """
 
-import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .arena import Arena
 from .dispatch import no_autocast
 from .reference import ssd_chunked
 
@@ -88,28 +88,6 @@ def _chunk_count(l: int) -> int:
     return -(-l // CHUNK)
 
 
-class _Arena:
-    """Uninitialised tensors cut from one allocation, which `clear` makes free again."""
-
-    def __init__(self, like: Tensor) -> None:
-        self._like = like
-        self._flat = like.new_empty(0)
-        self._used = 0
-
-    def clear(self) -> None:
-        """Forget what was cut. The allocation grows to what the last round needed."""
-        if self._used > self._flat.numel():
-            self._flat = self._like.new_empty(self._used)
-        self._used = 0
-
-    def __call__(self, *shape: int) -> Tensor:
-        size = math.prod(shape)
-        start, self._used = self._used, self._used + size
-        if self._used > self._flat.numel():
-            return self._like.new_empty(shape)
-        return self._flat[start : self._used].view(shape)
-
-
 class _Chunks(NamedTuple):
     """What forward and backward both need of a block, heads before tokens.
 
@@ -126,7 +104,7 @@ class _Chunks(NamedTuple):
     kept: Tensor  # (r, c, h, q, n) to_end B
 
     @classmethod
-    def of(cls, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, arena: _Arena) -> "_Chunks":
+    def of(cls, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, arena: Arena) -> "_Chunks":
         """x (r, c, q, h, p), dt (r, c, q, h), B and C (r, c, q, g, n)."""
         r, c, q, h, p = x.shape
         g, n = B.shape[3:]
@@ -179,7 +157,7 @@ def _forward_block(
     carried: Tensor,
     y: Tensor,
     entering: Tensor,
-    arena: _Arena,
+    arena: Arena,
 ) -> Tensor:
     """Fill y (r, c, q, h, p) and the states that enter each chunk (r, c, h, n, p).
 
@@ -208,7 +186,7 @@ def _backward_block(
     carried: Tensor,
     dcarried: Tensor,
     grads: tuple[Tensor, Tensor, Tensor, Tensor],
-    arena: _Arena,
+    arena: Arena,
 ) -> tuple[Tensor, Tensor]:
     """Fill the gradients of x, dt, B and C; return those of A and of the state entering the block.
 
@@ -330,7 +308,7 @@ def ssd_scan(
     """See `scan`; returns y, the last states, and each chunk's entering state for the backward."""
     last_shape, states_shape = _state_shapes(x, B, cu_seqlens)
     y, last, states = x.new_empty(x.shape), x.new_empty(last_shape), x.new_empty(states_shape)
-    arena = _Arena(x)
+    arena = Arena(x)
     for rows, tokens, chunks in _sequences(x, cu_seqlens):
         last[rows] = _forward(
             *(t[:, tokens] for t in (x, dt)), A, *(t[:, tokens] for t in (B, C)),
@@ -362,7 +340,7 @@ def ssd_scan_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, dt, A, B, C and of the initial states."""
     grads = tuple(t.new_empty(t.shape) for t in (x, dt, B, C))
-    dA, dinitial, arena = torch.zeros_like(A), torch.empty_like(last), _Arena(x)
+    dA, dinitial, arena = torch.zeros_like(A), torch.empty_like(last), Arena(x)
     for rows, tokens, chunks in _sequences(x, cu_seqlens):
         with no_autocast(x):  # the caller's backward() may stand inside an autocast block
             dA_rows, dinitial[rows] = _backward(

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mamba2_apps.kernels import causal_conv1d
+from mamba2_apps.kernels import causal_conv1d, causal_conv1d_torch
 
 
 def random_inputs(b, l, d, width, sequences=None, seed=0):
@@ -65,16 +65,14 @@ def test_width_one_and_no_bias():
     assert states.shape == (2, 0, 3)
 
 
-def test_blocks_of_any_size_agree(monkeypatch):
-    import sys
-
-    module = sys.modules["mamba2_apps.kernels.causal_conv1d"]
-    blocks = module._blocks
+@pytest.mark.parametrize("reverse", [False, True])
+def test_blocks_of_any_size_agree(monkeypatch, reverse):
     inputs = random_inputs(3, 50, 4, 4)
-    expected = expected_conv(**inputs, activation="silu")
+    options = {"activation": "silu", "reverse": reverse}
+    expected = expected_conv(**inputs, **options)
     for elements in (4, 36, 420):
-        monkeypatch.setattr(module, "_blocks", lambda y, e=elements: blocks(y, e))
-        actual = causal_conv1d(**inputs, activation="silu", return_final_states=True)
+        monkeypatch.setattr(causal_conv1d_torch, "BLOCK_ELEMENTS", elements)
+        actual = causal_conv1d(**inputs, **options, return_final_states=True)
         assert_equal_with_gradients(actual, expected, [*inputs.values()])
 
 
@@ -124,7 +122,9 @@ def test_registered_operator_compiles_and_exports():
     compiled = torch.compile(causal_conv1d, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(**inputs, activation="silu"), expected)
     x, weight, bias = (inputs[k] for k in ("x", "weight", "bias"))
-    torch.library.opcheck(torch.ops.mamba2_apps.convolve_taps.default, (x, weight, bias, True))
+    operator, states = causal_conv1d_torch.convolve_taps, inputs["initial_states"]
+    torch.library.opcheck(operator, (x, weight, bias, states, None, True, False))
+    torch.library.opcheck(operator, (x, weight, None, None, None, False, True))
 
     class Model(torch.nn.Module):
         def forward(self, x, weight, bias):
