@@ -194,7 +194,9 @@ def _step_torch(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit):
     decay = torch.exp(dt * A)[..., None, None]
     state = decay * state + (dt[..., None] * xw)[..., None] * B[:, :, None]
     y = (state @ C[..., None])[..., 0]
-    return _skip_and_gate(y, xw, D, z).to(x.dtype), state
+    if D is not None:
+        y = y + (D if D.dim() == 2 else D[:, None]).to(wide) * xw
+    return (y if z is None else y * F.silu(z.to(wide))).to(x.dtype), state
 
 
 def _ssd_torch(
@@ -207,37 +209,38 @@ def _ssd_torch(
     xw, A, B, C = (t.to(wide) for t in (x, A, B, C))
     if initial_states is not None:
         initial_states = initial_states.to(wide)
-    scanned = xw
+    if D is not None:
+        D = (D if D.dim() == 2 else D[:, None]).to(wide).expand(x.shape[2:])
     if reverse:
-        scanned, dt, B, C = (t.flip(1) for t in (xw, dt, B, C))
+        xw, dt, B, C = (t.flip(1) for t in (xw, dt, B, C))
         initial_states, cu_seqlens = _flip_pack(initial_states, cu_seqlens)
     y, states = ssd_torch.scan(
-        scanned, dt, A, B, C, initial_states, cu_seqlens, exporting=is_exporting()
+        xw, dt, A, B, C, D, initial_states, cu_seqlens, exporting=is_exporting()
     )
     if reverse:
         y = y.flip(1)
         states, _ = _flip_pack(states, cu_seqlens)
-    return _skip_and_gate(y, xw, D, z).to(x.dtype), states
+    return (y if z is None else y * F.silu(z.to(wide))).to(x.dtype), states
 
 
 def _ssd_bidirectional_torch(
     x, dt, A, B, C, D, dt_bias, initial_states, cu_seqlens, dt_softplus, dt_limit
 ):
     wide = accumulate_dtype(x)
-    x_pair, B_pair, C_pair = (t.unbind(0) if t.dim() == 5 else (t, t) for t in (x, B, C))
+    per_direction = x.dim() == 5
+    xs, Bs, Cs = (t.unbind(0) if t.dim() == 5 else (t, t) for t in (x, B, C))
     scans = [
         _ssd_torch(
-            x_pair[i].to(wide), dt[i].to(wide), A[i], B_pair[i].to(wide), C_pair[i].to(wide),
-            None, None, None if dt_bias is None else dt_bias[i],
+            xs[i].to(wide), dt[i].to(wide), A[i], Bs[i].to(wide), Cs[i].to(wide),
+            D if per_direction or i == 0 else None, None,
+            None if dt_bias is None else dt_bias[i],
             None if initial_states is None else initial_states[i],
             cu_seqlens, dt_softplus, dt_limit, reverse=i == 1,
         )
         for i in range(2)
     ]  # fmt: skip
     (forward, forward_states), (backward, backward_states) = scans
-    skipped = (x.sum(0) if x.dim() == 5 else x).to(wide)
-    y = _skip_and_gate(forward + backward, skipped, D, None).to(x.dtype)
-    return y, torch.stack([forward_states, backward_states])
+    return (forward + backward).to(x.dtype), torch.stack([forward_states, backward_states])
 
 
 def _discretise(
@@ -253,12 +256,6 @@ def _discretise(
     if dt_softplus:
         dt = F.softplus(dt)
     return dt if dt_limit == (-INFINITY, INFINITY) else dt.clamp(*dt_limit)
-
-
-def _skip_and_gate(y: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor:
-    if D is not None:
-        y = torch.addcmul(y, x, (D if D.dim() == 2 else D[:, None]).to(y.dtype))
-    return y if z is None else y * F.silu(z.to(y.dtype))
 
 
 def _flip_pack(states: Tensor | None, cu_seqlens: Tensor | None):

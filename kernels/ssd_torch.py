@@ -36,21 +36,27 @@ def scan(
     A: Tensor,
     B: Tensor,
     C: Tensor,
+    D: Tensor | None,
     initial_states: Tensor | None,
     cu_seqlens: Tensor | None,
     exporting: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The forward scan y_t = state_t C_t and its last states, all tensors in one dtype.
+    """The forward scan y_t = state_t C_t + D x_t and its last states, all tensors in one dtype.
 
     x (b, l, h, p), dt (b, l, h) as it enters the recurrence, A (h,), B and C (b, l, g, n),
-    initial_states (b or nseq, h, p, n), cu_seqlens (nseq + 1,) int32.
+    D (h, p), initial_states (b or nseq, h, p, n), cu_seqlens (nseq + 1,) int32.
     """
     if not exporting:
-        y, states, _ = ssd_scan(x, dt, A, B, C, initial_states, cu_seqlens)
+        differentiable = any(
+            t is not None and t.requires_grad for t in (x, dt, A, B, C, D, initial_states)
+        )
+        keep = differentiable and torch.is_grad_enabled()
+        y, states, _ = ssd_scan(x, dt, A, B, C, D, initial_states, cu_seqlens, keep)
         return y, states
     if cu_seqlens is not None:
         raise ValueError("cu_seqlens cannot be exported; export the model with a padding mask")
-    return ssd_chunked(x, dt, A, B, C, initial_states, CHUNK)
+    y, states = ssd_chunked(x, dt, A, B, C, initial_states, CHUNK)
+    return (y if D is None else y + D * x), states
 
 
 class _Block(NamedTuple):
@@ -154,9 +160,10 @@ def _forward_block(
     A: Tensor,
     B: Tensor,
     C: Tensor,
+    D: Tensor | None,
     carried: Tensor,
     y: Tensor,
-    entering: Tensor,
+    entering: Tensor | None,
     arena: Arena,
 ) -> Tensor:
     """Fill y (r, c, q, h, p) and the states that enter each chunk (r, c, h, n, p).
@@ -167,10 +174,16 @@ def _forward_block(
     n = B.shape[4]
     chunks = _Chunks.of(x, dt, A, B, C, arena)
     added = _product(chunks.kept.mT, chunks.V[..., :q, :], out=arena(r, c, h, n, p))
-    carried = _pass(carried, chunks.whole, added, entering, range(c))
-    chunks.V[..., q:, :] = entering
+    met = chunks.V[..., q:, :]
+    carried = _pass(carried, chunks.whole, added, met, range(c))
+    if entering is not None:
+        entering.copy_(met)
     chunks.weigh()
-    y.copy_(_product(chunks.W, chunks.V, out=arena(r, c, h, q, p)).transpose(2, 3))
+    scanned = _product(chunks.W, chunks.V, out=arena(r, c, h, q, p)).transpose(2, 3)
+    if D is None:
+        y.copy_(scanned)
+    else:
+        torch.addcmul(scanned, x, D, out=y)
     return carried
 
 
@@ -182,24 +195,28 @@ def _backward_block(
     A: Tensor,
     B: Tensor,
     C: Tensor,
+    D: Tensor | None,
     entering: Tensor,
     carried: Tensor,
     dcarried: Tensor,
     grads: tuple[Tensor, Tensor, Tensor, Tensor],
+    sums: tuple[Tensor, Tensor],
     arena: Arena,
-) -> tuple[Tensor, Tensor]:
-    """Fill the gradients of x, dt, B and C; return those of A and of the state entering the block.
+) -> Tensor:
+    """Fill the gradients of x, dt, B and C and add to those of A and D.
+
+    Returns the gradient of the state entering the block.
 
     entering (r, c, h, n, p): the state that enters each chunk; carried (r, h, n, p): the state that
     leaves the block, and dcarried its gradient.
 
-    The gradient of the running sum of log decays is ⟨dy_t, y_t⟩ − ⟨xdt_t, dxdt_t⟩ at each token:
-    what t reads through its decays less what is read of it. The state that leaves the chunk adds
-    ⟨state, its gradient⟩ at the last token.
+    The gradient of the running sum of log decays is ⟨dy_t, y_t − D x_t⟩ − ⟨xdt_t, dxdt_t⟩ at each
+    token: what t reads through its decays less what is read of it. The state that leaves the
+    chunk adds ⟨state, its gradient⟩ at the last token.
     """
     r, c, q, h, p = x.shape
     g, n = B.shape[3:]
-    dx, ddt, dB, dC = grads
+    (dx, ddt, dB, dC), (dA, dD) = grads, sums
     chunks = _Chunks.of(x, dt, A, B, C, arena)
     chunks.V[..., q:, :] = entering
     chunks.weigh()
@@ -225,14 +242,21 @@ def _backward_block(
     torch.mul(dxdt, dt[..., None], out=dx)
 
     x_dxdt = dxdt.mul_(x).sum(-1)
-    dtotal = dyh.transpose(2, 3).mul_(y).sum(-1) - x_dxdt * dt
+    dyh = dyh.transpose(2, 3)
+    if D is not None:
+        dx.addcmul_(dyh, D)
+        skipped = torch.mul(dyh, x, out=arena(r, c, h, q, p).transpose(2, 3))
+        dD += skipped.sum((0, 1, 2))
+        y = torch.addcmul(y, x, D, value=-1, out=skipped)
+    dtotal = dyh.mul_(y).sum(-1) - x_dxdt * dt
     dtotal[:, :, -1] += leaves.mul_(dleaving).sum((3, 4))
     dlog_decay = dtotal.flip(2).cumsum(2).flip(2)
     torch.addcmul(x_dxdt, dlog_decay, A, out=ddt)
-    return (dlog_decay * dt).sum((0, 1, 2)), dcarried
+    dA += (dlog_decay * dt).sum((0, 1, 2))
+    return dcarried
 
 
-def _forward(x, dt, A, B, C, initial_states, y, states, arena) -> Tensor:
+def _forward(x, dt, A, B, C, D, initial_states, y, states, arena) -> Tensor:
     """Fill y (b, l, h, p) and the entering states (b, chunks, h, n, p); return the last states."""
     b, l, h, p = x.shape
     last = x.new_empty(b, h, p, B.shape[3])
@@ -245,33 +269,32 @@ def _forward(x, dt, A, B, C, initial_states, y, states, arena) -> Tensor:
         for block in blocks:
             cut = block.cut
             carried = _forward_block(
-                cut(x), cut(dt), A, cut(B), cut(C), carried, cut(y), states[rows, block.chunks],
-                arena,
+                cut(x), cut(dt), A, cut(B), cut(C), D, carried, cut(y),
+                None if states is None else states[rows, block.chunks], arena,
             )  # fmt: skip
             arena.clear()
         last[rows] = carried.mT
     return last
 
 
-def _backward(dy, dlast, x, dt, A, B, C, y, states, last, grads, arena) -> tuple[Tensor, Tensor]:
-    """Fill `grads` of x, dt, B, C; return the gradients of A and of the initial states."""
+def _backward(dy, dlast, x, dt, A, B, C, D, y, states, last, grads, sums, arena) -> Tensor:
+    """Fill `grads` of x, dt, B, C, add to `sums` of A and D; return that of the initial states."""
     b, l, h, p = x.shape
-    dA, dinitial = torch.zeros_like(A), torch.empty_like(last)
+    dinitial = torch.empty_like(last)
     for blocks in _blocks(b, l, h * p):
         rows = blocks[0].rows
         carried = last[rows].mT
         dcarried = torch.zeros_like(carried) if dlast is None else dlast[rows].mT
         for block in reversed(blocks):
             cut, entering = block.cut, states[rows, block.chunks]
-            dA_block, dcarried = _backward_block(
-                cut(dy), cut(y), cut(x), cut(dt), A, cut(B), cut(C), entering, carried, dcarried,
-                tuple(map(cut, grads)), arena,
+            dcarried = _backward_block(
+                cut(dy), cut(y), cut(x), cut(dt), A, cut(B), cut(C), D, entering, carried, dcarried,
+                tuple(map(cut, grads)), sums, arena,
             )  # fmt: skip
             arena.clear()
-            dA += dA_block
             carried = entering[:, 0]
         dinitial[rows] = dcarried.mT
-    return dA, dinitial
+    return dinitial
 
 
 def _sequences(x: Tensor, cu_seqlens: Tensor | None) -> Iterator[tuple[slice, slice, slice]]:
@@ -302,26 +325,32 @@ def ssd_scan(
     A: Tensor,
     B: Tensor,
     C: Tensor,
+    D: Tensor | None,
     initial_states: Tensor | None,
     cu_seqlens: Tensor | None,
+    keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `scan`; returns y, the last states, and each chunk's entering state for the backward."""
+    """See `scan`; returns y, the last states and, to `keep` for backward, those between chunks."""
     last_shape, states_shape = _state_shapes(x, B, cu_seqlens)
-    y, last, states = x.new_empty(x.shape), x.new_empty(last_shape), x.new_empty(states_shape)
-    arena = Arena(x)
+    y, last = x.new_empty(x.shape), x.new_empty(last_shape)
+    states, arena = x.new_empty(states_shape if keep else 0), Arena(x)
     for rows, tokens, chunks in _sequences(x, cu_seqlens):
         last[rows] = _forward(
-            *(t[:, tokens] for t in (x, dt)), A, *(t[:, tokens] for t in (B, C)),
+            *(t[:, tokens] for t in (x, dt)), A, *(t[:, tokens] for t in (B, C)), D,
             None if initial_states is None else initial_states[rows],
-            y[:, tokens], states[:, chunks], arena,
+            y[:, tokens], states[:, chunks] if keep else None, arena,
         )  # fmt: skip
     return y, last, states
 
 
 @ssd_scan.register_fake
-def _(x, dt, A, B, C, initial_states, cu_seqlens):
+def _(x, dt, A, B, C, D, initial_states, cu_seqlens, keep):
     last_shape, states_shape = _state_shapes(x, B, cu_seqlens)
-    return x.new_empty(x.shape), x.new_empty(last_shape), x.new_empty(states_shape)
+    return (
+        x.new_empty(x.shape),
+        x.new_empty(last_shape),
+        x.new_empty(states_shape if keep else 0),
+    )
 
 
 @torch.library.custom_op("mamba2_apps::ssd_scan_backward", mutates_args=())
@@ -333,43 +362,51 @@ def ssd_scan_backward(
     A: Tensor,
     B: Tensor,
     C: Tensor,
+    D: Tensor | None,
     cu_seqlens: Tensor | None,
     y: Tensor,
     last: Tensor,
     states: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, dt, A, B, C and of the initial states."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, dt, A, B, C, D (zero where there is none) and of the initial states."""
     grads = tuple(t.new_empty(t.shape) for t in (x, dt, B, C))
-    dA, dinitial, arena = torch.zeros_like(A), torch.empty_like(last), Arena(x)
+    sums = torch.zeros_like(A), x.new_zeros(x.shape[2:])
+    dinitial, arena = torch.empty_like(last), Arena(x)
     for rows, tokens, chunks in _sequences(x, cu_seqlens):
         with no_autocast(x):  # the caller's backward() may stand inside an autocast block
-            dA_rows, dinitial[rows] = _backward(
+            dinitial[rows] = _backward(
                 dy[:, tokens], None if dlast is None else dlast[rows],
-                *(t[:, tokens] for t in (x, dt)), A, *(t[:, tokens] for t in (B, C, y)),
-                states[:, chunks], last[rows], tuple(t[:, tokens] for t in grads), arena,
+                *(t[:, tokens] for t in (x, dt)), A, *(t[:, tokens] for t in (B, C)), D,
+                y[:, tokens], states[:, chunks], last[rows], tuple(t[:, tokens] for t in grads),
+                sums, arena,
             )  # fmt: skip
-        dA += dA_rows
-    dx, ddt, dB, dC = grads
-    return dx, ddt, dA, dB, dC, dinitial
+    (dx, ddt, dB, dC), (dA, dD) = grads, sums
+    return dx, ddt, dA, dB, dC, dD, dinitial
 
 
 @ssd_scan_backward.register_fake
-def _(dy, dlast, x, dt, A, B, C, cu_seqlens, y, last, states):
-    return *(t.new_empty(t.shape) for t in (x, dt, A, B, C)), last.new_empty(last.shape)
+def _(dy, dlast, x, dt, A, B, C, D, cu_seqlens, y, last, states):
+    return (
+        *(t.new_empty(t.shape) for t in (x, dt, A, B, C)),
+        x.new_empty(x.shape[2:]),
+        last.new_empty(last.shape),
+    )
 
 
 def _save(ctx, inputs, output):
-    ctx.save_for_backward(*inputs, *output)
+    *tensors, _ = inputs
+    ctx.save_for_backward(*tensors, *output)
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx, dy, dlast, dstates):
-    x, dt, A, B, C, initial_states, cu_seqlens, y, last, states = ctx.saved_tensors
+    x, dt, A, B, C, D, initial_states, cu_seqlens, y, last, states = ctx.saved_tensors
     dy = torch.zeros_like(y) if dy is None else dy
-    *grads, dinitial = torch.ops.mamba2_apps.ssd_scan_backward(
-        dy, dlast, x, dt, A, B, C, cu_seqlens, y, last, states
+    *grads, dD, dinitial = torch.ops.mamba2_apps.ssd_scan_backward(
+        dy, dlast, x, dt, A, B, C, D, cu_seqlens, y, last, states
     )
-    return *grads, None if initial_states is None else dinitial, None
+    optional = None if D is None else dD, None if initial_states is None else dinitial
+    return *grads, *optional, None, None
 
 
 ssd_scan.register_autograd(_differentiate, setup_context=_save)

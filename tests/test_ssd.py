@@ -235,14 +235,16 @@ def test_autocast_casts_the_inputs_and_nothing_else():
 
 
 def test_registered_operators():
-    x, dt, A, B, C, states = (
+    x, dt, A, B, C, D, states = (
         t.detach().requires_grad_()
-        for t in random_inputs(1, 70, 2, 3, 1, 4, initial_states=(2, 2, 3, 4)).values()
+        for t in random_inputs(1, 70, 2, 3, 1, 4, D=(2, 3), initial_states=(2, 2, 3, 4)).values()
     )
     cu_seqlens = torch.tensor([0, 3, 70], dtype=torch.int32)
     dt = dt.detach().exp().requires_grad_()
-    torch.library.opcheck(ssd_torch.ssd_scan, (x, dt, A, B, C, states, cu_seqlens))
-    torch.library.opcheck(ssd_torch.ssd_scan, (x, dt, A, B, C, None, None))
+    torch.library.opcheck(ssd_torch.ssd_scan, (x, dt, A, B, C, D, states, cu_seqlens, True))
+    torch.library.opcheck(ssd_torch.ssd_scan, (x, dt, A, B, C, None, None, None, True))
+    detached = [t.detach() for t in (x, dt, A, B, C)]
+    torch.library.opcheck(ssd_torch.ssd_scan, (*detached, None, None, None, False))
 
 
 def test_compiles_without_a_graph_break():
