@@ -15,12 +15,15 @@ compiled for it are kept and called directly.
 
 import contextlib
 import functools
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+from triton import knobs
+from triton.runtime import driver
 
 from . import ssd_triton_interpreter  # noqa: F401
 from .dispatch import interpreting
@@ -59,7 +62,7 @@ def ssd(
 ) -> tuple[Tensor, Tensor | None]:
     """`kernels.ssd` on arguments that are already checked; the states are None unless asked for."""
     trained = z is not None and torch.is_grad_enabled()
-    y, states, _ = torch.ops.mamba2_apps.ssd_triton_forward(
+    y, states, _ = _forward_op(
         x, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens, dt_softplus,
         float(dt_limit[0]), float(dt_limit[1]), reverse, return_final_states, trained,
     )  # fmt: skip
@@ -81,7 +84,7 @@ def ssd_bidirectional(
     return_final_states: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """`kernels.ssd_bidirectional` on checked arguments; the states are None unless asked for."""
-    y, states, _ = torch.ops.mamba2_apps.ssd_triton_forward(
+    y, states, _ = _forward_op(
         x, dt, A, B, C, D, None, dt_bias, initial_states, cu_seqlens, dt_softplus,
         float(dt_limit[0]), float(dt_limit[1]), False, return_final_states, False,
     )  # fmt: skip
@@ -97,11 +100,11 @@ class Tiling:
     scan_warps: int = 4
     scan_stages: int = 2
     forward_warps: int = 4
-    forward_stages: int = 2
+    forward_stages: int = 3
     backward_warps: int = 4
-    backward_stages: int = 1
+    backward_stages: int = 3
     shared_warps: int = 8
-    shared_stages: int = 2
+    shared_stages: int = 3
     scan_programs: int = 2  # programs per multiprocessor below which a row is cut into segments
     least_segment: int = 4  # of this many chunks or more
     forward_programs: int = 6  # and below which the heads of a group are split over programs
@@ -109,12 +112,16 @@ class Tiling:
     shared_programs: int = 2
 
 
-def tiling(l: int, dtype: torch.dtype) -> Tiling:
+def tiling(l: int, n: int, directions: int, dtype: torch.dtype) -> Tiling:
     """The rule: tiles of 64 in chunks of 128; float32, whose products are dearer, half of each."""
     if dtype == torch.float32:
-        return Tiling(chunk=64, tile=32, forward_stages=1, shared_stages=1, shared_warps=4)
+        return Tiling(
+            chunk=64, tile=32, forward_stages=1, backward_stages=1, shared_stages=1, shared_warps=4
+        )
+    # A third stage of both directions' states at n = 128 would leave room for one program only.
+    stages = 2 if directions == 2 and n > 64 else 3
     if l > 64:
-        return Tiling(chunk=128, tile=64)
+        return Tiling(chunk=128, tile=64, forward_stages=stages, backward_stages=stages)
     return Tiling(chunk=64, tile=64, shared_warps=4)
 
 
@@ -146,7 +153,7 @@ def plan_of(
     rows: int, nseq: int, l: int, h: int, p: int, g: int, n: int, directions: int, merged: bool,
     backward: bool, d_rows: int, dtype: torch.dtype, processors: int,
 ) -> tuple[Tiling, Plan]:  # fmt: skip
-    cut = tiling(l, dtype)
+    cut = tiling(l, n, directions, dtype)
     q = cut.chunk
     slots = l // q + nseq if nseq else -(-l // q)
     tiles = slots * (q // cut.tile)
@@ -237,6 +244,9 @@ def _precision(dtype: torch.dtype) -> str:
     return "tf32x3"
 
 
+Launch = tuple[Any, int, int, tuple]  # kernel, programs, warps, arguments
+
+
 class _Prepared:
     """What calls of equal shapes, strides and flags have in common."""
 
@@ -261,6 +271,7 @@ class _Prepared:
         pair = (2,) if self.directions == 2 else ()
         self.state_shape = (*pair, self.sequences, h, p, n)
         self.compiled: dict[Any, Any] = {}
+        self.device_index = x.device.index
 
         at = plan.offsets
         inputs = (*_strides(x, 5), *_strides(B, 5), *_strides(C, 5))
@@ -289,7 +300,7 @@ class _Prepared:
         self.carry_args = (
             at["marks"], at["carry"], plan.carried, nseq, b, h, plan.segments, reverse, p, n,
             self.directions, packed, has_final, self.backward and initial_states is not None,
-            SEGMENT_BLOCK, STATE_BLOCK,
+            max(2, min(SEGMENT_BLOCK, triton.next_power_of_2(plan.segments))), STATE_BLOCK,
         )  # fmt: skip
         if not self.backward:
             self.forward_grid = b * plan.tiles * g * plan.forward_split[0]
@@ -314,10 +325,11 @@ class _Prepared:
         self.chunk_grid = plan.served * b * jobs * g * splits
         self.chunk_args = (
             *inputs, *of_dy, at["cum"], at["dtp"], at["fade"], plan.carried, at["row"], at["far"],
-            at["column"], at["column_far"], at["dD"], plan.mix, l, nseq, plan.slots, b, h, group_heads, per_program,
-            splits, plan.tiles, *segments, reverse, p, n, self.directions, each, x_shared,
-            D is not None, d_matrix, packed, segmented, plan.p_tiles, plan.n_tiles, q, cut.tile,
-            p_block, n_block, dot, cut.backward_stages, blocks,
+            at["column"], at["column_far"], at["dD"], plan.mix, l, nseq, plan.slots, b, h,
+            group_heads, per_program, splits, plan.tiles, *segments, reverse, p, n,
+            self.directions, each, x_shared, D is not None, d_matrix, packed, segmented,
+            plan.p_tiles, plan.n_tiles, q, cut.tile, p_block, n_block, dot, cut.backward_stages,
+            blocks,
         )  # fmt: skip
         self.split, per_program = plan.shared_split
         self.shared_grid = 2 * plan.served * b * plan.slots * g * plan.n_tiles * self.split
@@ -331,9 +343,9 @@ class _Prepared:
         blocks = -(-plan.slots // plan.step_slots)
         self.step_grid = self.directions * b * h * blocks
         self.step_args = (
-            *of_dt, at["dtp"], at["row"], at["far"], at["column"], at["column_far"], at["into"], at["out"],
-            at["overlap"], at["dA"], at["dbias"], low, high, l, nseq, plan.slots, b, h, reverse,
-            self.directions, has_bias, softplus, packed, plan.n_tiles, q, cut.tile,
+            *of_dt, at["dtp"], at["row"], at["far"], at["column"], at["column_far"], at["into"],
+            at["out"], at["overlap"], at["dA"], at["dbias"], low, high, l, nseq, plan.slots, b,
+            h, reverse, self.directions, has_bias, softplus, packed, plan.n_tiles, q, cut.tile,
             plan.step_slots,
         )  # fmt: skip
         size = plan.served * b * l * g * n
@@ -352,31 +364,61 @@ class _Prepared:
             torch.empty(self.plan.states, dtype=x.dtype, device=x.device),
         )
 
-    def launch(self, kernel, alignment, grid: int, warps: int, *args) -> None:
-        """kernel[grid](*args), but for Triton's look at the arguments after the first time."""
-        key = kernel, alignment
-        compiled = self.compiled.get(key)
-        if compiled is not None:
-            compiled[grid, 1, 1](*args)
-            return
-        compiled = kernel[(grid,)](*args, num_warps=warps)
-        if not interpreting():
-            self.compiled[key] = compiled
-
-    def scan(self, alignment, tensors, dy, final, dfinal, dinit, floats, states) -> None:
+    def scan(self, tensors, dy, final, dfinal, dinit, floats, states) -> list[Launch]:
         """States of all chunks: S, and in a backward pass R too."""
         x, dt, A, B, C, _, _, dt_bias, initial_states, cu_seqlens = tensors
         final, dinit = _or(final, floats), _or(dinit, floats)
-        self.launch(
-            scan_kernel, alignment, self.scan_grid, self.cut.scan_warps,
-            x, B, _or(dy, x), C, dt, A, _or(dt_bias, floats), _or(initial_states, floats), final,
-            _or(dfinal, floats), dinit, _or(cu_seqlens, floats), floats, states, *self.scan_args,
+        scan = (
+            scan_kernel, self.scan_grid, self.cut.scan_warps,
+            (x, B, _or(dy, x), C, dt, A, _or(dt_bias, floats), _or(initial_states, floats), final,
+             _or(dfinal, floats), dinit, _or(cu_seqlens, floats), floats, states, *self.scan_args),
         )  # fmt: skip
-        if self.carry_grid:
-            self.launch(
-                carry_segments_kernel, None, self.carry_grid, 4,
-                floats, states, final, dinit, *self.carry_args,
-            )  # fmt: skip
+        if not self.carry_grid:
+            return [scan]
+        carry = floats, states, final, dinit, *self.carry_args
+        return [scan, (carry_segments_kernel, self.carry_grid, 4, carry)]
+
+    def run(self, variant, launches: list[Launch]) -> None:
+        """kernel[grid](*args) for each, but Triton looks at the arguments the first time only.
+
+        `variant` is what the compiled kernels depend on beside what was prepared.
+        """
+        compiled = self.compiled.get(variant)
+        if compiled is None:
+            self.compiled[variant] = self._first_run(launches)
+        elif compiled and not _is_watched():
+            stream = driver.active.get_current_stream(self.device_index)
+            for kernel, (_, grid, _, args) in zip(compiled, launches, strict=True):
+                kernel.run(
+                    grid, 1, 1, stream, kernel.function, kernel.packed_metadata, None, None, None,
+                    *args,
+                )  # fmt: skip
+        else:  # the interpreter, or a profiler that wants to know more
+            for kernel, grid, warps, args in launches:
+                kernel[(grid,)](*args, num_warps=warps)
+
+    def _first_run(self, launches: list[Launch]) -> list[Any]:
+        if interpreting():
+            for kernel, grid, _, args in launches:
+                kernel[(grid,)](*args)
+            return []
+        # The compiler leaves Python's lock: what is not in Triton's cache compiles side by side.
+        device = torch.cuda.current_device()
+
+        def compile_one(launch: Launch) -> None:
+            kernel, grid, warps, args = launch
+            torch.cuda.set_device(device)
+            kernel.warmup(*args, grid=(grid,), num_warps=warps)
+
+        with ThreadPoolExecutor(len(launches)) as pool:
+            list(pool.map(compile_one, launches))
+        return [kernel[(grid,)](*args, num_warps=warps) for kernel, grid, warps, args in launches]
+
+
+def _is_watched() -> bool:
+    """Whether a profiler asked Triton to be told of launches."""
+    hook = knobs.runtime.launch_enter_hook
+    return hook is not None and bool(getattr(hook, "calls", True))
 
 
 _prepared: dict[Any, _Prepared] = {}
@@ -433,14 +475,16 @@ def _forward(
             final = torch.empty(call.state_shape, dtype=torch.float32, device=x.device)
         if save_ungated:
             ungated = torch.empty_like(y)
-        call.scan(alignment, tensors, None, final, None, None, floats, states)
-        call.launch(
-            chunk_forward_kernel, (alignment, save_ungated), call.forward_grid,
-            call.cut.forward_warps,
+        launches = call.scan(tensors, None, final, None, None, floats, states)
+        arguments = (
             x, B, C, _or(tensors[5], floats), _or(z, y), y, _or(ungated, y),
             _or(tensors[9], floats), floats, states, *call.forward_args, save_ungated,
             *call.forward_constants,
         )  # fmt: skip
+        launches.append(
+            (chunk_forward_kernel, call.forward_grid, call.cut.forward_warps, arguments)
+        )
+        call.run((alignment, save_ungated), launches)
     return y, _present(final, y), _present(ungated, y)
 
 
@@ -462,31 +506,25 @@ def _backward(
         dinit = None
         if initial_states is not None:
             dinit = torch.empty(call.state_shape, dtype=torch.float32, device=x.device)
-        call.scan(alignment, tensors, dy, None, dfinal, dinit, floats, states)
+        launches = call.scan(tensors, dy, None, dfinal, dinit, floats, states)
 
         dx, dB, dC = (_gradient(t, not call.merged) for t in (x, B, C))
         ddt, dA = _gradient(dt), _gradient(A)
         dbias = None if dt_bias is None else _gradient(dt_bias)
         dD = None if D is None else _gradient(D)
         cut, cu = call.cut, _or(cu_seqlens_, floats)
-        split = call.split > 1
-        call.launch(
-            chunk_backward_kernel, alignment, call.chunk_grid, cut.backward_warps,
-            x, B, C, _or(D_, floats), dy, dx, cu, floats, states, *call.chunk_args,
-        )  # fmt: skip
-        call.launch(
-            shared_backward_kernel, alignment, call.shared_grid, cut.shared_warps,
-            x, B, C, dy, floats if split else dB, floats if split else dC, cu, floats, states,
-            *call.shared_args,
-        )  # fmt: skip
-        call.launch(
-            step_backward_kernel, alignment, call.step_grid, 4,
-            dt, A_, _or(dt_bias_, floats), ddt, cu, floats, *call.step_args,
-        )  # fmt: skip
-        call.launch(
-            reduce_kernel, None, call.reduce_grid, 4,
-            floats, dA, _or(dbias, floats), _or(dD, floats), dB, dC, *call.reduce_args,
-        )  # fmt: skip
+        shared = (floats, floats) if call.split > 1 else (dB, dC)
+        launches += [
+            (chunk_backward_kernel, call.chunk_grid, cut.backward_warps,
+             (x, B, C, _or(D_, floats), dy, dx, cu, floats, states, *call.chunk_args)),
+            (shared_backward_kernel, call.shared_grid, cut.shared_warps,
+             (x, B, C, dy, *shared, cu, floats, states, *call.shared_args)),
+            (step_backward_kernel, call.step_grid, 4,
+             (dt, A_, _or(dt_bias_, floats), ddt, cu, floats, *call.step_args)),
+            (reduce_kernel, call.reduce_grid, 4,
+             (floats, dA, _or(dbias, floats), _or(dD, floats), dB, dC, *call.reduce_args)),
+        ]  # fmt: skip
+        call.run(alignment, launches)
         if not call.merged:
             dx, dB, dC = (
                 grad.sum(0) if like.dim() == 4 else grad
@@ -494,8 +532,7 @@ def _backward(
             )
         if dinit is not None:
             dinit = dinit.to(initial_states.dtype)
-    optional = (_present(t, x) for t in (dD, dz, dbias, dinit))
-    return dx, ddt, dA, dB, dC, *optional
+    return [t for t in (dx, ddt, dA, dB, dC, dD, dz, dbias, dinit) if t is not None]
 
 
 def _gate_backward(dout: Tensor, z: Tensor, ungated: Tensor) -> tuple[Tensor, Tensor]:
@@ -556,37 +593,44 @@ def _fake_backward(
     dy, dfinal, x, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens, ungated, dt_softplus,
     low, high, reverse,
 ):  # fmt: skip
-    optional = (
-        x.new_empty((0,)) if t is None else t.new_empty(t.shape)
-        for t in (D, z, dt_bias, initial_states)
-    )
-    return *(t.new_empty(t.shape) for t in (x, dt, A, B, C)), *optional
+    inputs = (x, dt, A, B, C, D, z, dt_bias, initial_states)
+    return [t.new_empty(t.shape) for t in inputs if t is not None]
 
 
-def _save(ctx, inputs, output) -> None:
-    *tensors, dt_softplus, low, high, reverse, _, _ = inputs
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(output[2])
-    ctx.save_for_backward(*tensors, output[2])
-    ctx.settings = (dt_softplus, low, high, reverse)
+class _SSD(torch.autograd.Function):
+    """The gradient of ssd_triton_forward, below which it runs again without autograd.
+
+    torch.library.register_autograd does the same, but reads the operator's schema on every call,
+    which takes longer than a small forward.
+    """
+
+    @staticmethod
+    def forward(ctx, keys, *inputs):
+        with torch._C._AutoDispatchBelowAutograd():
+            output = _forward_op.redispatch(keys & torch._C._after_autograd_keyset, *inputs)
+        *tensors, dt_softplus, low, high, reverse, _, _ = inputs
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(output[2])
+        ctx.save_for_backward(*tensors, output[2])
+        ctx.settings = dt_softplus, low, high, reverse
+        return output
+
+    @staticmethod
+    def backward(ctx, dy, dfinal, _):
+        *tensors, ungated = ctx.saved_tensors
+        if dy is None:
+            x = tensors[0]
+            dy = x.new_zeros(()).expand(x.shape[-4:])
+        grads = iter(_backward_op(dy, dfinal, *tensors, ungated, *ctx.settings))
+        *differentiable, _ = tensors  # cu_seqlens has none
+        return None, *(None if t is None else next(grads) for t in differentiable), *(None,) * 7
 
 
-def _autograd(ctx, dy, dfinal, _):
-    x, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens, ungated = ctx.saved_tensors
-    if dy is None:
-        dy = x.new_zeros(()).expand(x.shape[-4:])
-    dx, ddt, dA, dB, dC, dD, dz, dbias, dinit = torch.ops.mamba2_apps.ssd_triton_backward(
-        dy, dfinal, x, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens, ungated,
-        *ctx.settings,
-    )  # fmt: skip
-    return (
-        dx, ddt, dA, dB, dC,
-        None if D is None else dD,
-        None if z is None else dz,
-        None if dt_bias is None else dbias,
-        None if initial_states is None else dinit,
-        *(None,) * 7,
-    )  # fmt: skip
+def _autograd(keys, *inputs):
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
+        return _SSD.apply(keys, *inputs)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _forward_op.redispatch(keys & torch._C._after_autograd_keyset, *inputs)
 
 
 _TENSORS = (
@@ -601,13 +645,13 @@ _library.define(
 )
 _library.define(
     f"ssd_triton_backward(Tensor dy, Tensor? dfinal, {_TENSORS}, Tensor ungated, {_SETTINGS})"
-    f" -> ({', '.join(['Tensor'] * 9)})"
+    " -> Tensor[]"
 )
 for _key in ("CUDA", "CPU"):
     _library.impl("ssd_triton_forward", _forward, _key)
     _library.impl("ssd_triton_backward", _backward, _key)
 torch.library.register_fake("mamba2_apps::ssd_triton_forward", _fake_forward, lib=_library)
 torch.library.register_fake("mamba2_apps::ssd_triton_backward", _fake_backward, lib=_library)
-torch.library.register_autograd(
-    "mamba2_apps::ssd_triton_forward", _autograd, setup_context=_save, lib=_library
-)
+_library.impl("ssd_triton_forward", _autograd, "Autograd", with_keyset=True)
+_forward_op = torch.ops.mamba2_apps.ssd_triton_forward.default
+_backward_op = torch.ops.mamba2_apps.ssd_triton_backward.default

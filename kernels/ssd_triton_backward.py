@@ -14,10 +14,10 @@ from j to its end:
 
 A tile of the first kernel is q = CHUNK or CHUNK / 2 rows j against its own columns t, and against
 the chunk's other tile where that comes later in scan order. dx, M, and the state terms of dB and dC
-are computed by programs of their own, so that each fits in registers. Everything quadratic is held as (j, t), and
-M goes through memory, so that no accumulator is ever transposed to become an operand. Row and
-column sums come from the same registers: what cancels between them cancels. Sums over chunks are
-written per block and added up in a fixed order: no atomics.
+are computed by programs of their own, so that each fits in registers. Everything quadratic is held
+as (j, t), and M goes through memory, so that no accumulator is ever transposed to become an
+operand. Row and column sums come from the same registers: what cancels between them cancels. Sums
+over chunks are written per block and added up in a fixed order: no atomics.
 """
 
 import triton
@@ -486,7 +486,8 @@ def shared_backward_kernel(
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def step_backward_kernel(
     dt, A, dt_bias, ddt, cu_ptr, ws, dt_sd, dt_sb, dt_sl, dt_sh,
-    dtp_off, row_off, far_off, column_off, column_far_off, into_off, out_off, overlap_off, dA_off, dbias_off,
+    dtp_off, row_off, far_off, column_off, column_far_off, into_off, out_off,
+    overlap_off, dA_off, dbias_off,
     low, high, l, nseq, slots, rows, heads, reverse,
     DIRECTIONS: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
     PACKED: tl.constexpr, N_TILES: tl.constexpr, CHUNK: tl.constexpr, Q: tl.constexpr,
