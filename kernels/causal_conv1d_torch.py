@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .arena import Arena
 
-BLOCK_ELEMENTS = 2**17
+BLOCK_ELEMENTS = 2**18
 
 
 def convolve(
