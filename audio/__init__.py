@@ -1,0 +1,1 @@
+"""Audio: frames of sound, as a domain of mamba2_apps."""
