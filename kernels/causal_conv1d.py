@@ -67,7 +67,7 @@ def causal_conv1d(
                 x, weight, bias, activation, initial_states, cu_seqlens, reverse,
                 return_final_states,
             )  # fmt: skip
-    return (y, states) if return_final_states else y
+    return y if states is None else (y, states)
 
 
 def _check(x, weight, bias, activation, initial_states, cu_seqlens) -> None:

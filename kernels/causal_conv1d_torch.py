@@ -217,9 +217,9 @@ def _blocks(x: Tensor, window: int, cu_seqlens: Tensor | None, reverse: bool) ->
     b, l, d = x.shape
     step = max(1, BLOCK_ELEMENTS // d)
     if cu_seqlens is None:
-        rows = max(1, step // l)
-        slices = [slice(row, min(row + rows, b)) for row in range(0, b, rows)]
-        sequences = [(rows, rows, 0, l) for rows in slices]
+        height = max(1, step // l)
+        groups = [slice(row, min(row + height, b)) for row in range(0, b, height)]
+        sequences = [(group, group, 0, l) for group in groups]
     else:
         bounds = pairwise(cu_seqlens.tolist())
         sequences = [(slice(0, 1), slice(i, i + 1), *ends) for i, ends in enumerate(bounds)]

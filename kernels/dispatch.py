@@ -4,6 +4,7 @@ import itertools
 import math
 import os
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,10 +77,13 @@ def is_exporting() -> bool:
     return exporting or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()
 
 
-def autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Cast to the autocast dtype of x's device where autocast is on; float64 is left alone."""
-    tensors = (x, *others)
-    device = x.device.type
+def autocast(*tensors: Tensor | None) -> Any:
+    """Cast to the autocast dtype of the first one's device where autocast is on, but not float64.
+
+    Returns them in order, None where None was given.
+    """
+    assert tensors[0] is not None
+    device = tensors[0].device.type
     if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)

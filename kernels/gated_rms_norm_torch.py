@@ -84,7 +84,7 @@ def normalise_and_gate_backward(
         if gate is not None and not norm_before_gate:
             dgate = torch.mul(out, xs[block], out=product)
             out *= gate
-        if zs is not None:
+        if zs is not None and dzs is not None:
             torch.ops.aten.silu_backward(dgate, zs[block], grad_input=dzs[block])
         arena.clear()
     return dx, dweight, dz

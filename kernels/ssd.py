@@ -86,9 +86,9 @@ def ssd(
         with no_autocast(x):
             y, states = _ssd_torch(
                 x, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens,
-                dt_softplus, dt_limit, reverse,
+                dt_softplus, dt_limit, reverse, return_final_states,
             )  # fmt: skip
-    return (y, states) if return_final_states else y
+    return y if states is None else (y, states)
 
 
 def ssd_bidirectional(
@@ -141,9 +141,10 @@ def ssd_bidirectional(
     else:
         with no_autocast(x):
             y, states = _ssd_bidirectional_torch(
-                x, dt, A, B, C, D, dt_bias, initial_states, cu_seqlens, dt_softplus, dt_limit
-            )
-    return (y, states) if return_final_states else y
+                x, dt, A, B, C, D, dt_bias, initial_states, cu_seqlens,
+                dt_softplus, dt_limit, return_final_states,
+            )  # fmt: skip
+    return y if states is None else (y, states)
 
 
 def ssd_step(
@@ -200,8 +201,9 @@ def _step_torch(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit):
 
 
 def _ssd_torch(
-    x, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens, dt_softplus, dt_limit, reverse
-):
+    x, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens, dt_softplus, dt_limit, reverse,
+    return_final_states,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     from . import ssd_torch
 
     wide = accumulate_dtype(x)
@@ -213,34 +215,40 @@ def _ssd_torch(
         D = (D if D.dim() == 2 else D[:, None]).to(wide).expand(x.shape[2:])
     if reverse:
         xw, dt, B, C = (t.flip(1) for t in (xw, dt, B, C))
-        initial_states, cu_seqlens = _flip_pack(initial_states, cu_seqlens)
+        if cu_seqlens is not None:  # the flip turns the order of a pack's sequences, too
+            cu_seqlens = (cu_seqlens[-1] - cu_seqlens).flip(0)
+            initial_states = None if initial_states is None else initial_states.flip(0)
     y, states = ssd_torch.scan(
         xw, dt, A, B, C, D, initial_states, cu_seqlens, exporting=is_exporting()
     )
     if reverse:
         y = y.flip(1)
-        states, _ = _flip_pack(states, cu_seqlens)
-    return (y if z is None else y * F.silu(z.to(wide))).to(x.dtype), states
+        states = states if cu_seqlens is None else states.flip(0)
+    y = (y if z is None else y * F.silu(z.to(wide))).to(x.dtype)
+    return y, states if return_final_states else None
 
 
 def _ssd_bidirectional_torch(
-    x, dt, A, B, C, D, dt_bias, initial_states, cu_seqlens, dt_softplus, dt_limit
-):
+    x, dt, A, B, C, D, dt_bias, initial_states, cu_seqlens, dt_softplus, dt_limit,
+    return_final_states,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     wide = accumulate_dtype(x)
     per_direction = x.dim() == 5
     xs, Bs, Cs = (t.unbind(0) if t.dim() == 5 else (t, t) for t in (x, B, C))
-    scans = [
+    (forward, forward_states), (backward, backward_states) = (
         _ssd_torch(
             xs[i].to(wide), dt[i].to(wide), A[i], Bs[i].to(wide), Cs[i].to(wide),
             D if per_direction or i == 0 else None, None,
             None if dt_bias is None else dt_bias[i],
             None if initial_states is None else initial_states[i],
-            cu_seqlens, dt_softplus, dt_limit, reverse=i == 1,
+            cu_seqlens, dt_softplus, dt_limit, i == 1, return_final_states,
         )
         for i in range(2)
-    ]  # fmt: skip
-    (forward, forward_states), (backward, backward_states) = scans
-    return (forward + backward).to(x.dtype), torch.stack([forward_states, backward_states])
+    )  # fmt: skip
+    y = (forward + backward).to(x.dtype)
+    if forward_states is None or backward_states is None:
+        return y, None
+    return y, torch.stack([forward_states, backward_states])
 
 
 def _discretise(
@@ -256,13 +264,6 @@ def _discretise(
     if dt_softplus:
         dt = F.softplus(dt)
     return dt if dt_limit == (-INFINITY, INFINITY) else dt.clamp(*dt_limit)
-
-
-def _flip_pack(states: Tensor | None, cu_seqlens: Tensor | None):
-    """What flipping a pack along l does to its per-sequence states and its borders."""
-    if cu_seqlens is None:
-        return states, None
-    return None if states is None else states.flip(0), (cu_seqlens[-1] - cu_seqlens).flip(0)
 
 
 def _check_scan(

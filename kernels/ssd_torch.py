@@ -199,7 +199,7 @@ def _backward_block(
     entering: Tensor,
     carried: Tensor,
     dcarried: Tensor,
-    grads: tuple[Tensor, Tensor, Tensor, Tensor],
+    grads: tuple[Tensor, ...],
     sums: tuple[Tensor, Tensor],
     arena: Arena,
 ) -> Tensor:
@@ -336,7 +336,7 @@ def ssd_scan(
     states, arena = x.new_empty(states_shape if keep else 0), Arena(x)
     for rows, tokens, chunks in _sequences(x, cu_seqlens):
         last[rows] = _forward(
-            *(t[:, tokens] for t in (x, dt)), A, *(t[:, tokens] for t in (B, C)), D,
+            x[:, tokens], dt[:, tokens], A, B[:, tokens], C[:, tokens], D,
             None if initial_states is None else initial_states[rows],
             y[:, tokens], states[:, chunks] if keep else None, arena,
         )  # fmt: skip
@@ -376,7 +376,7 @@ def ssd_scan_backward(
         with no_autocast(x):  # the caller's backward() may stand inside an autocast block
             dinitial[rows] = _backward(
                 dy[:, tokens], None if dlast is None else dlast[rows],
-                *(t[:, tokens] for t in (x, dt)), A, *(t[:, tokens] for t in (B, C)), D,
+                x[:, tokens], dt[:, tokens], A, B[:, tokens], C[:, tokens], D,
                 y[:, tokens], states[:, chunks], last[rows], tuple(t[:, tokens] for t in grads),
                 sums, arena,
             )  # fmt: skip
