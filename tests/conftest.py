@@ -1,8 +1,18 @@
-"""Without a GPU, Triton kernels run under Triton's interpreter; it asks when Triton is imported."""
+"""Without a GPU, Triton kernels run under Triton's interpreter, and tests marked gpu are skipped."""
 
 import os
 
+import pytest
 import torch
 
+# The interpreter is chosen when Triton is imported, which the kernels' modules do.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
