@@ -266,7 +266,7 @@ def compare(shapes: list[str], peers: list[str], ceilings: dict[str, float]) -> 
 
 
 def sweep(peers: list[str]) -> dict[str, Any]:
-    """Forward over lengths at 1M tokens (b · l), and over dstate at lm_4k's sizes."""
+    """Forward over lengths at 256k tokens (b · l), and over dstate at lm_4k's sizes."""
     tokens = 1 << 18
     lengths: dict[str, Any] = {}
     for l in [1 << power for power in range(9, 19)]:

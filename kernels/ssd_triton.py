@@ -16,7 +16,7 @@ compiled for it are kept and called directly.
 import contextlib
 import functools
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from triton import knobs
 from triton.runtime import driver
 
 from . import ssd_triton_interpreter  # noqa: F401
-from .dispatch import interpreting
+from .dispatch import HALF, interpreting
 from .ssd_triton_backward import (
     chunk_backward_kernel,
     gate_backward_kernel,
@@ -118,11 +118,11 @@ def tiling(l: int, n: int, directions: int, dtype: torch.dtype) -> Tiling:
         return Tiling(
             chunk=64, tile=32, forward_stages=1, backward_stages=1, shared_stages=1, shared_warps=4
         )
-    # A third stage of both directions' states at n = 128 would leave room for one program only.
-    stages = 2 if directions == 2 and n > 64 else 3
+    # As many stages as leave shared memory for two programs; tiles over dstate leave for none.
+    stages = 1 if n > 128 else 2 if directions == 2 and n > 64 else 3
     if l > 64:
         return Tiling(chunk=128, tile=64, forward_stages=stages, backward_stages=stages)
-    return Tiling(chunk=64, tile=64, shared_warps=4)
+    return Tiling(chunk=64, tile=64, forward_stages=stages, backward_stages=stages, shared_warps=4)
 
 
 @dataclass(frozen=True)
@@ -158,8 +158,8 @@ def plan_of(
     slots = l // q + nseq if nseq else -(-l // q)
     tiles = slots * (q // cut.tile)
     lines = (1 + backward) * directions * rows * h
-    state_tiles = -(-p // _p_block(p)), -(-n // _scan_n_block(n))
-    p_tiles, n_tiles = -(-p // _p_block(p)), -(-n // _n_block(n, dtype))
+    state_tiles = -(-p // _p_block(p, dtype)), -(-n // _scan_n_block(n))
+    p_tiles, n_tiles = -(-p // _p_block(p, dtype)), -(-n // _n_block(n, dtype))
     served = 1 if merged else directions
 
     programs = lines * state_tiles[0] * state_tiles[1]
@@ -167,6 +167,9 @@ def plan_of(
     segment_slots = -(-slots // segments)
     segments = -(-slots // segment_slots)
     segmented = segments > 1
+    if segmented and directions == 2 and n > 64 and dtype != torch.float32:
+        # What entered a segment is staged beside S and R: a third stage would not fit.
+        cut = replace(cut, shared_stages=2)
 
     def split(programs: int, per_processor: int) -> tuple[int, int]:
         splits = min(h // g, max(1, -(-per_processor * processors // programs)))
@@ -218,8 +221,10 @@ def _power_of_two(size: int, most: int) -> int:
     return max(16, min(most, triton.next_power_of_2(size)))
 
 
-def _p_block(p: int) -> int:
-    return _power_of_two(p, 64)
+def _p_block(p: int, dtype: torch.dtype) -> int:
+    # Hopper's wgmma with fewer columns was compiled (Triton 3.6, two tiles over dstate, both
+    # directions) to read past the end of shared memory, as compute-sanitizer found.
+    return 64 if dtype in HALF else _power_of_two(p, 64)
 
 
 def _scan_n_block(n: int) -> int:
@@ -250,7 +255,7 @@ Launch = tuple[Any, int, int, tuple]  # kernel, programs, warps, arguments
 class _Prepared:
     """What calls of equal shapes, strides and flags have in common."""
 
-    def __init__(self, tensors: tuple[Tensor | None, ...], settings: tuple, dy: Tensor | None,
+    def __init__(self, tensors: tuple[Any, ...], settings: tuple, dy: Tensor | None,
                  has_final: bool, has_dfinal: bool):  # fmt: skip
         x, dt, _, B, C, D, z, dt_bias, initial_states, cu_seqlens = tensors
         softplus, low, high, reverse = settings
@@ -278,7 +283,7 @@ class _Prepared:
         of_dy = (0, 0, 0, 0) if dy is None else dy.stride()
         of_dt = _strides(dt, 4)
         dot = _precision(x.dtype)
-        p_block, n_block, q = _p_block(p), _n_block(n, x.dtype), cut.chunk
+        p_block, n_block, q = _p_block(p, x.dtype), _n_block(n, x.dtype), cut.chunk
         reverse = int(reverse)
         nseq = self.sequences if packed else 0
         group_heads = h // g

@@ -155,7 +155,7 @@ def test_cut_into_segments_and_splits(monkeypatch, direction):
         monkeypatch, chunk=16, tile=16, scan_programs=64, least_segment=1, forward_programs=64,
         backward_programs=64, shared_programs=64,
     )  # fmt: skip
-    monkeypatch.setattr(ssd_triton, "_p_block", lambda p: 16)
+    monkeypatch.setattr(ssd_triton, "_p_block", lambda p, dtype: 16)
     monkeypatch.setattr(ssd_triton, "_n_block", lambda n, dtype: 16)
     monkeypatch.setattr(ssd_triton, "_scan_n_block", lambda n: 16)
     monkeypatch.setattr(ssd_triton, "STATE_BLOCK", 128)
@@ -275,12 +275,15 @@ def test_gradients_on_gpu(dtype, direction):
     [
         {"l": 517, "n": 128, "h": 6, "b": 2},
         {"l": 150, "n": 256, "g": 2},
+        {"l": 150, "n": 256, "both": True},
+        {"l": 150, "n": 256, "p": 64, "both": True},
         {"l": 197, "p": 40, "n": 20, "h": 3},
         {"l": 129, "p": 128},
         {"l": 1},
         {"l": 50, "z": True, "d_matrix": True},
         {"l": 3001, "p": 64, "n": 64},
         {"l": 3001, "p": 64, "n": 64, "both": True},
+        {"l": 3001, "p": 64, "n": 128, "both": True},
         {"l": 300, "both": True, "per_direction": ("x", "B", "C")},
         {"l": 300, "both": True, "per_direction": ("B",)},
         {"l": 9000, "bounds": [0, 1, 130, 5000, 9000]},
