@@ -155,9 +155,9 @@ def _save(ctx, inputs, output):
 
 
 def _differentiate(ctx, dy):
-    _, _, bias, initial_states, _ = ctx.saved_tensors
+    x, weight, bias, initial_states, cu_seqlens = ctx.saved_tensors
     dx, dweight, dbias, dinitial = torch.ops.mamba2_apps.convolve_taps_backward(
-        dy, *ctx.saved_tensors, ctx.silu, ctx.reverse
+        dy, x, weight, bias, initial_states, cu_seqlens, ctx.silu, ctx.reverse
     )
     dbias = None if bias is None else dbias
     return dx, dweight, dbias, None if initial_states is None else dinitial, None, None, None
