@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .arena import Arena
 
-BLOCK_ELEMENTS = 2**18
+BLOCK_ELEMENTS = 2**20
 
 
 def convolve(
@@ -117,22 +117,22 @@ def convolve_taps_backward(
     taps = _taps(weight, reverse)
     dx, dtaps, dbias = x.new_empty(x.shape), torch.zeros_like(taps), torch.zeros_like(taps[0])
     dinitial = x.new_zeros(0 if initial_states is None else initial_states.shape)
-    arena = Arena(x)
-    for block in _blocks(x, taps.shape[0] - 1, cu_seqlens, reverse):
-        extended = block.extend(x, initial_states)
-        dblock = dy[block.rows, block.tokens]
-        if silu:
-            before = _multiply_add(extended, taps, bias, arena(*dblock.shape))
-            dblock = torch.ops.aten.silu_backward(dblock, before, grad_input=arena(*dblock.shape))
-        dextended = arena(*extended.shape).zero_()
-        product = arena(*dblock.shape)
-        for i, tap in enumerate(taps):
-            reached = slice(i, i + dblock.shape[1])
-            dextended[:, reached].addcmul_(dblock, tap)
-            dtaps[i] += torch.mul(dblock, extended[:, reached], out=product).sum((0, 1))
-        dbias += dblock.sum((0, 1))
-        block.add_gradient(dextended, dx, None if initial_states is None else dinitial)
-        arena.clear()
+    with Arena(x) as arena:
+        for block in _blocks(x, taps.shape[0] - 1, cu_seqlens, reverse):
+            extended = block.extend(x, initial_states)
+            dblock = dy[block.rows, block.tokens]
+            if silu:
+                before = _multiply_add(extended, taps, bias, arena(*dblock.shape))
+                dblock = torch.ops.aten.silu_backward(
+                    dblock, before, grad_input=arena(*dblock.shape)
+                )
+            product = arena(*dblock.shape)
+            for i in range(taps.shape[0]):
+                reached = extended[:, i : i + dblock.shape[1]]
+                dtaps[i] += torch.mul(dblock, reached, out=product).sum((0, 1))
+            dbias += dblock.sum((0, 1))
+            block.add_gradient(dblock, taps, dx, None if initial_states is None else dinitial)
+            arena.clear()
     dweight = dtaps.t().flip(1) if reverse else dtaps.t()
     return dx, dweight.contiguous(), dbias, dinitial
 
@@ -191,25 +191,33 @@ class _Block(NamedTuple):
             missing = initial_states[self.states, self.inside :]
         return torch.cat([own, missing.flip(1)] if self.reverse else [missing, own], dim=1)
 
-    def add_gradient(self, dextended: Tensor, dx: Tensor, dinitial: Tensor | None) -> None:
-        """Write the gradient at the block's tokens and add it where the window lies.
+    def add_gradient(
+        self, dblock: Tensor, taps: Tensor, dx: Tensor, dinitial: Tensor | None
+    ) -> None:
+        """Write the inputs' gradient at the block's tokens and add it where the window lies.
 
-        The window's tokens were written by the block before this one in the scan.
+        The tap of the current token goes first: it writes each of the block's tokens once. The
+        window's tokens were written by the block before this one in the scan.
         """
-        missing = self.window - self.inside
-        start, stop = self.tokens.start, self.tokens.stop
-        dx = dx[self.rows]
-        if self.reverse:
-            count = stop - start
-            dx[:, start:stop] = dextended[:, :count]
-            dx[:, stop : stop + self.inside] += dextended[:, count : count + self.inside]
-            dmissing = dextended[:, count + self.inside :].flip(1)
-        else:
-            dx[:, start:stop] = dextended[:, self.window :]
-            dx[:, start - self.inside : start] += dextended[:, missing : self.window]
-            dmissing = dextended[:, :missing]
-        if dinitial is not None and missing:
-            dinitial[self.states, self.inside :] += dmissing
+        dx, count = dx[self.rows], dblock.shape[1]
+        current = 0 if self.reverse else self.window
+        torch.mul(dblock, taps[current], out=dx[:, self.tokens])
+        for i, tap in enumerate(taps):
+            steps = abs(i - current)  # back along the scan, to the input that this tap reads
+            if steps == 0:
+                continue
+            # As many tokens at the block's border read the initial states instead.
+            lost = min(count, max(0, steps - self.inside))
+            if self.reverse:
+                own, border = dblock[:, : count - lost], dblock[:, count - lost :].flip(1)
+                start = self.tokens.start + steps
+            else:
+                own, border = dblock[:, lost:], dblock[:, :lost]
+                start = self.tokens.start + lost - steps
+            dx[:, start : start + count - lost].addcmul_(own, tap)
+            if dinitial is not None and lost:
+                first = self.window - steps + self.inside
+                dinitial[self.states, first : first + lost].addcmul_(border, tap)
 
 
 def _blocks(x: Tensor, window: int, cu_seqlens: Tensor | None, reverse: bool) -> Iterator[_Block]:

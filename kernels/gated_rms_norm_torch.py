@@ -29,19 +29,20 @@ def normalise_and_gate(
     x: Tensor, weight: Tensor, z: Tensor | None, eps: float, size: int, norm_before_gate: bool
 ) -> Tensor:
     """`define`, a block of rows at a time."""
-    y, arena = x.new_empty(x.shape), Arena(x)
+    y = x.new_empty(x.shape)
     xs, ys, weight = _rows(x, size), _rows(y, size), weight.view(-1, size)
     zs = None if z is None else _rows(z, size)
-    for block in _blocks(ys):
-        v, out = xs[block], ys[block]
-        gate = None if zs is None else _silu(zs[block], arena)
-        if gate is not None and not norm_before_gate:
-            v = torch.mul(v, gate, out=arena(*v.shape))
-        torch.mul(v, _rstd(v, eps, arena), out=out)
-        out *= weight
-        if gate is not None and norm_before_gate:
-            out *= gate
-        arena.clear()
+    with Arena(x) as arena:
+        for block in _blocks(ys):
+            v, out = xs[block], ys[block]
+            gate = None if zs is None else _silu(zs[block], arena)
+            if gate is not None and not norm_before_gate:
+                v = torch.mul(v, gate, out=gate)
+            torch.mul(v, _rstd(v, eps), out=out)
+            out *= weight
+            if gate is not None and norm_before_gate:
+                out *= gate
+            arena.clear()
     return y
 
 
@@ -62,31 +63,32 @@ def normalise_and_gate_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and z (an empty tensor where there is no gate)."""
     dx, dz = x.new_empty(x.shape), x.new_empty(0 if z is None else x.shape)
-    dweight, arena = torch.zeros_like(weight), Arena(x)
+    dweight = torch.zeros_like(weight)
     dys, xs, dxs, weight = _rows(dy, size), _rows(x, size), _rows(dx, size), weight.view(-1, size)
     zs, dzs = (None, None) if z is None else (_rows(z, size), _rows(dz, size))
-    for block in _blocks(dxs):
-        dv, out = dys[block], dxs[block]
-        gate = None if zs is None else _silu(zs[block], arena)
-        gated = xs[block]
-        if gate is not None and not norm_before_gate:
-            gated = torch.mul(gated, gate, out=arena(*gate.shape))
-        rstd = _rstd(gated, eps, arena)
-        normed = torch.mul(gated, rstd, out=arena(*out.shape))
-        product = arena(*out.shape)
-        if gate is not None and norm_before_gate:
-            dgate = torch.mul(dv, normed, out=arena(*out.shape)).mul_(weight)
-            dv = torch.mul(dv, gate, out=gate)
-        dweight += torch.mul(dv, normed, out=product).sum(0).flatten()
-        torch.mul(dv, weight, out=out)
-        along = torch.mul(out, normed, out=product).mean(-1, keepdim=True)
-        out.addcmul_(normed, along, value=-1).mul_(rstd)
-        if gate is not None and not norm_before_gate:
-            dgate = torch.mul(out, xs[block], out=product)
-            out *= gate
-        if zs is not None and dzs is not None:
-            torch.ops.aten.silu_backward(dgate, zs[block], grad_input=dzs[block])
-        arena.clear()
+    with Arena(x) as arena:
+        for block in _blocks(dxs):
+            dv, out = dys[block], dxs[block]
+            gate = None if zs is None else _silu(zs[block], arena)
+            gated = xs[block]
+            if gate is not None and not norm_before_gate:
+                gated = torch.mul(gated, gate, out=arena(*gate.shape))
+            rstd = _rstd(gated, eps)
+            normed = torch.mul(gated, rstd, out=arena(*out.shape))
+            product = arena(*out.shape)
+            if gate is not None and norm_before_gate:
+                dgate = torch.mul(dv, normed, out=arena(*out.shape)).mul_(weight)
+                dv = torch.mul(dv, gate, out=gate)
+            dweight += torch.mul(dv, normed, out=product).sum(0).flatten()
+            along = product.mul_(weight).mean(-1, keepdim=True)
+            torch.mul(dv, weight, out=out)
+            out.addcmul_(normed, along, value=-1).mul_(rstd)
+            if gate is not None and not norm_before_gate:
+                dgate = torch.mul(out, xs[block], out=product)
+                out *= gate
+            if zs is not None and dzs is not None:
+                torch.ops.aten.silu_backward(dgate, zs[block], grad_input=dzs[block])
+            arena.clear()
     return dx, dweight, dz
 
 
@@ -119,9 +121,9 @@ def _silu(z: Tensor, arena: Arena) -> Tensor:
     return torch.ops.aten.silu.out(z, out=arena(*z.shape))
 
 
-def _rstd(v: Tensor, eps: float, arena: Arena) -> Tensor:
-    squares = torch.mul(v, v, out=arena(*v.shape))
-    return squares.mean(-1, keepdim=True).add_(eps).rsqrt_()
+def _rstd(v: Tensor, eps: float) -> Tensor:
+    norm = torch.linalg.vector_norm(v, dim=-1, keepdim=True)
+    return norm.square_().div_(v.shape[-1]).add_(eps).rsqrt_()
 
 
 def _rows(t: Tensor, size: int) -> Tensor:

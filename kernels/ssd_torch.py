@@ -333,13 +333,14 @@ def ssd_scan(
     """See `scan`; returns y, the last states and, to `keep` for backward, those between chunks."""
     last_shape, states_shape = _state_shapes(x, B, cu_seqlens)
     y, last = x.new_empty(x.shape), x.new_empty(last_shape)
-    states, arena = x.new_empty(states_shape if keep else 0), Arena(x)
-    for rows, tokens, chunks in _sequences(x, cu_seqlens):
-        last[rows] = _forward(
-            x[:, tokens], dt[:, tokens], A, B[:, tokens], C[:, tokens], D,
-            None if initial_states is None else initial_states[rows],
-            y[:, tokens], states[:, chunks] if keep else None, arena,
-        )  # fmt: skip
+    states = x.new_empty(states_shape if keep else 0)
+    with Arena(x) as arena:
+        for rows, tokens, chunks in _sequences(x, cu_seqlens):
+            last[rows] = _forward(
+                x[:, tokens], dt[:, tokens], A, B[:, tokens], C[:, tokens], D,
+                None if initial_states is None else initial_states[rows],
+                y[:, tokens], states[:, chunks] if keep else None, arena,
+            )  # fmt: skip
     return y, last, states
 
 
@@ -371,9 +372,10 @@ def ssd_scan_backward(
     """Gradients of x, dt, A, B, C, D (zero where there is none) and of the initial states."""
     grads = tuple(t.new_empty(t.shape) for t in (x, dt, B, C))
     sums = torch.zeros_like(A), x.new_zeros(x.shape[2:])
-    dinitial, arena = torch.empty_like(last), Arena(x)
-    for rows, tokens, chunks in _sequences(x, cu_seqlens):
-        with no_autocast(x):  # the caller's backward() may stand inside an autocast block
+    dinitial = torch.empty_like(last)
+    # The caller's backward() may stand inside an autocast block.
+    with no_autocast(x), Arena(x) as arena:
+        for rows, tokens, chunks in _sequences(x, cu_seqlens):
             dinitial[rows] = _backward(
                 dy[:, tokens], None if dlast is None else dlast[rows],
                 x[:, tokens], dt[:, tokens], A, B[:, tokens], C[:, tokens], D,
