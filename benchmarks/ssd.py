@@ -14,6 +14,7 @@ which a peer fails, are reported as not run.
 """
 
 import argparse
+import datetime
 import importlib.util
 import json
 import platform
@@ -378,6 +379,8 @@ def main() -> None:
         sys.exit("benchmarks/ssd.py needs a CUDA device, and torch sees none")
     ceilings = rates()
     report: dict[str, Any] = {
+        "date": datetime.date.today().isoformat(),
+        "command": " ".join(["python", *sys.argv]),
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": triton.__version__,
