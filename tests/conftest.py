@@ -1,4 +1,4 @@
-"""Without a GPU, Triton kernels run under Triton's interpreter, and tests marked gpu are skipped."""
+"""Without a GPU, Triton kernels run in its interpreter, and tests marked gpu are skipped."""
 
 import os
 
