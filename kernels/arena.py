@@ -41,13 +41,18 @@ class Arena:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self._like.device.type == "cpu" and self._flat.nbytes <= KEPT_BYTES:
+        fit = self._flat.device.type == "cpu" and self._flat.nbytes <= KEPT_BYTES
+        if fit and not self._flat.is_inference():
             _kept.buffer = self._flat
 
     def clear(self) -> None:
         """Forget what was cut. The allocation grows to what the last round needed."""
         if self._used > self._flat.numel():
-            self._flat = torch.empty(self._used, dtype=self._like.dtype, device=self._like.device)
+            # A tensor made under inference mode could not be written to outside it.
+            with torch.inference_mode(False):
+                self._flat = torch.empty(
+                    self._used, dtype=self._like.dtype, device=self._like.device
+                )
         self._used = 0
 
     def __call__(self, *shape: int) -> Tensor:

@@ -211,6 +211,16 @@ def test_any_strides():
     torch.testing.assert_close(ssd(**strided, **options), expected)
 
 
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_trains_after_inference(mode):
+    inputs, options = variant_inputs("all", 2, 150, 4, 3, 2, 5)
+    with mode():
+        expected = ssd(**{k: t.detach() for k, t in inputs.items()}, **options)
+    actual = ssd(**inputs, **options)
+    assert torch.equal(actual, expected)
+    assert all(g.isfinite().all() for g in gradients([actual], [*inputs.values()]))
+
+
 def test_inputs_are_not_modified():
     inputs, options = variant_inputs("all", 2, 70, 4, 3, 2, 5)
     before = {k: t.detach().clone() for k, t in inputs.items()}
