@@ -11,7 +11,6 @@ checkpoints/        last.ckpt and best.ckpt, for `train --resume`
 """
 
 import json
-import logging
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -108,7 +107,6 @@ def read_preprocessing(run: Path) -> Preprocessing:
 
 def _train(recipe: Recipe, run: Path) -> dict[str, Any]:
     quiet_lightning()
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     started = time.monotonic()
     data = recipe.data
     data.prepare_data()

@@ -7,6 +7,7 @@ random numbers are a function of (seed, epoch, batch), the place in the data is 
 
 import csv
 import io
+import logging
 import math
 import signal
 import sys
@@ -148,7 +149,8 @@ def ctrl_c_noted() -> Iterator[threading.Event]:
 
 
 def quiet_lightning() -> None:
-    """Drop Lightning's advice that does not apply here; its other warnings stay."""
+    """Drop Lightning's notices and the advice that does not apply here; its warnings stay."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     for message in (
         ".*does not have many workers.*",
         ".*is smaller than the logging interval.*",
