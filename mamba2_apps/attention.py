@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mamba2_apps.checks import check_call, is_count, require
 from mamba2_apps.kernels import causal_conv1d
-from mamba2_apps.mixer import check_call, is_count, last_inputs
+from mamba2_apps.mixer import last_inputs
 from mamba2_apps.padding import LeftAligned, data_positions
 
 
@@ -75,32 +76,32 @@ class Attention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _require(is_count(num_heads), "num_heads", num_heads, "an integer of at least 1")
+        require(is_count(num_heads), "num_heads", num_heads, "an integer of at least 1")
         num_heads_kv = num_heads if num_heads_kv is None else num_heads_kv
-        _require(
+        require(
             is_count(num_heads_kv) and num_heads % num_heads_kv == 0,
             "num_heads_kv",
             num_heads_kv,
             f"a divisor of num_heads={num_heads}",
         )
         if head_dim is None:
-            _require(
+            require(
                 d_model % num_heads == 0,
                 "num_heads",
                 num_heads,
                 f"a divisor of d_model={d_model}, or a head_dim of its own",
             )
             head_dim = d_model // num_heads
-        _require(is_count(head_dim), "head_dim", head_dim, "an integer of at least 1")
-        _require(is_count(mlp_dim, 0) and mlp_dim % 2 == 0, "mlp_dim", mlp_dim, "even, 0 for none")
-        _require(is_count(d_conv, 0), "d_conv", d_conv, "an integer of at least 0")
-        _require(
+        require(is_count(head_dim), "head_dim", head_dim, "an integer of at least 1")
+        require(is_count(mlp_dim, 0) and mlp_dim % 2 == 0, "mlp_dim", mlp_dim, "even, 0 for none")
+        require(is_count(d_conv, 0), "d_conv", d_conv, "an integer of at least 0")
+        require(
             is_count(rotary_emb_dim, 0) and rotary_emb_dim % 2 == 0 and rotary_emb_dim <= head_dim,
             "rotary_emb_dim",
             rotary_emb_dim,
             f"even and at most head_dim={head_dim}",
         )
-        _require(rotary_emb_base > 0, "rotary_emb_base", rotary_emb_base, "above 0")
+        require(rotary_emb_base > 0, "rotary_emb_base", rotary_emb_base, "above 0")
 
         self.d_model = d_model
         self.num_heads = num_heads
@@ -317,8 +318,3 @@ def _sequence_of_token(cu_seqlens: Tensor, seqlen: int) -> Tensor:
     """(l,) which packed sequence each token belongs to."""
     token = torch.arange(seqlen, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
     return torch.searchsorted(cu_seqlens[1:], token, right=True)
-
-
-def _require(condition: bool, name: str, value: object, expected: str) -> None:
-    if not condition:
-        raise ValueError(f"attn_cfg: {name}={value!r}: expected {expected}")

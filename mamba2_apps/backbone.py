@@ -20,7 +20,8 @@ from torch.utils.checkpoint import checkpoint
 
 from mamba2_apps.attention import Attention, AttentionState
 from mamba2_apps.checkpoint import load_weights, read_backbone, write_backbone
-from mamba2_apps.mixer import Mamba2, Mamba2State, check_call, is_count
+from mamba2_apps.checks import check_call, is_count, require
+from mamba2_apps.mixer import Mamba2, Mamba2State
 from mamba2_apps.padding import LeftAligned
 
 BackboneState = tuple[Mamba2State | AttentionState, ...]
@@ -104,17 +105,17 @@ class BackboneConfig:
         for field in fields(self):
             value = getattr(self, field.name)
             if field.type is bool:
-                _require(isinstance(value, bool), field.name, value, "True or False")
-        _require(is_count(self.n_layer), "n_layer", self.n_layer, "an integer of at least 1")
-        _require(
+                require(isinstance(value, bool), field.name, value, "True or False")
+        require(is_count(self.n_layer), "n_layer", self.n_layer, "an integer of at least 1")
+        require(
             is_count(self.d_intermediate, 0),
             "d_intermediate",
             self.d_intermediate,
             "an integer of at least 0",
         )
-        _require(0 <= self.drop_path < 1, "drop_path", self.drop_path, "at least 0 and below 1")
+        require(0 <= self.drop_path < 1, "drop_path", self.drop_path, "at least 0 and below 1")
         layers = set(self.attn_layer_idx)
-        _require(
+        require(
             all(is_count(i, 0) and i < self.n_layer for i in layers)
             and len(layers) == len(self.attn_layer_idx),
             "attn_layer_idx",
@@ -124,7 +125,11 @@ class BackboneConfig:
         # The blocks check their own options; on the meta device that costs no memory.
         Mamba2(**self.mixer_options(), device="meta")
         if self.attn_layer_idx or self.attn_cfg is not None:
-            Attention(**self.attention_options(), device="meta")
+            options = self.attention_options()
+            try:
+                Attention(**options, device="meta")
+            except ValueError as error:
+                raise ValueError(f"attn_cfg: {error}") from error
 
     def mixer_options(self) -> dict[str, Any]:
         """Keyword arguments of this config's Mamba2 blocks."""
@@ -134,7 +139,7 @@ class BackboneConfig:
         """Keyword arguments of this config's Attention blocks."""
         causal = not self.bidirectional
         if self.attn_cfg is None:
-            _require(
+            require(
                 self.d_model % 64 == 0,
                 "d_model",
                 self.d_model,
@@ -144,7 +149,7 @@ class BackboneConfig:
             cfg |= {"qkv_proj_bias": False, "out_proj_bias": False}
         else:
             cfg = dict(self.attn_cfg)
-            _require(
+            require(
                 cfg.pop("causal", causal) == causal,
                 "attn_cfg",
                 self.attn_cfg,
@@ -152,8 +157,8 @@ class BackboneConfig:
             )
             known = [name for name in _options_of(Attention) if name not in ("d_model", "causal")]
             unknown = sorted(cfg.keys() - set(known))
-            _require(not unknown, "attn_cfg", unknown, f"among {', '.join(known)}")
-            _require("num_heads" in cfg, "attn_cfg", self.attn_cfg, "num_heads in it")
+            require(not unknown, "attn_cfg", unknown, f"among {', '.join(known)}")
+            require("num_heads" in cfg, "attn_cfg", self.attn_cfg, "num_heads in it")
         return {"d_model": self.d_model, "causal": causal} | cfg
 
     def to_dict(self) -> dict[str, Any]:
@@ -427,8 +432,3 @@ class Backbone(nn.Module):
 def _options_of(module: type[nn.Module]) -> list[str]:
     names = list(inspect.signature(module).parameters)
     return [name for name in names if name not in ("device", "dtype")]
-
-
-def _require(condition: bool, name: str, value: object, expected: str) -> None:
-    if not condition:
-        raise ValueError(f"{name}={value!r}: expected {expected}")

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mamba2_apps.checks import check_call, is_count, require
 from mamba2_apps.kernels import causal_conv1d, gated_rms_norm, ssd, ssd_bidirectional, ssd_step
 from mamba2_apps.padding import LeftAligned, data_positions
 
@@ -141,40 +142,40 @@ class Mamba2(nn.Module):
             "ngroups": ngroups,
         }
         for name, value in sizes.items():
-            _require(is_count(value), name, value, "an integer of at least 1")
+            require(is_count(value), name, value, "an integer of at least 1")
         d_inner = expand * d_model
         d_ssm = d_inner if d_ssm is None else d_ssm
-        _require(
+        require(
             is_count(d_ssm) and d_ssm <= d_inner,
             "d_ssm",
             d_ssm,
             f"an integer from 1 to expand * d_model = {d_inner}, or None",
         )
-        _require(
+        require(
             d_ssm % headdim == 0,
             "headdim",
             headdim,
             f"a divisor of {d_ssm}, the channels that pass through the state space",
         )
         nheads = d_ssm // headdim
-        _require(nheads % ngroups == 0, "ngroups", ngroups, f"a divisor of the {nheads} heads")
-        _require(0 < dt_min <= dt_max, "dt_min", dt_min, f"above 0 and at most dt_max={dt_max!r}")
-        _require(dt_init_floor > 0, "dt_init_floor", dt_init_floor, "above 0")
-        _require(
+        require(nheads % ngroups == 0, "ngroups", ngroups, f"a divisor of the {nheads} heads")
+        require(0 < dt_min <= dt_max, "dt_min", dt_min, f"above 0 and at most dt_max={dt_max!r}")
+        require(dt_init_floor > 0, "dt_init_floor", dt_init_floor, "above 0")
+        require(
             len(dt_limit) == 2 and 0 <= dt_limit[0] < dt_limit[1],
             "dt_limit",
             dt_limit,
             "(low, high) with 0 <= low < high",
         )
-        _require(
+        require(
             len(A_init_range) == 2 and 0 < A_init_range[0] <= A_init_range[1],
             "A_init_range",
             A_init_range,
             "(low, high) with 0 < low <= high",
         )
-        _require(conv_init is None or conv_init > 0, "conv_init", conv_init, "above 0, or None")
-        _require(norm_eps > 0, "norm_eps", norm_eps, "above 0")
-        _require(
+        require(conv_init is None or conv_init > 0, "conv_init", conv_init, "above 0, or None")
+        require(norm_eps > 0, "norm_eps", norm_eps, "above 0")
+        require(
             bidirectional or not conv_per_direction,
             "conv_per_direction",
             conv_per_direction,
@@ -476,27 +477,6 @@ class Mamba2(nn.Module):
             )
 
 
-def check_call(
-    u: Tensor,
-    d_model: int,
-    mask: Tensor | None,
-    lengths: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> None:
-    """Raises ValueError unless u is (b, l, d_model) and at most one way to tell lengths is used."""
-    if u.ndim != 3 or u.shape[-1] != d_model:
-        raise ValueError(f"input: expected (batch, seqlen, {d_model}), got {tuple(u.shape)}")
-    given = {"mask": mask, "lengths": lengths, "cu_seqlens": cu_seqlens}
-    names = [name for name, value in given.items() if value is not None]
-    if len(names) > 1:
-        raise ValueError(
-            f"{' and '.join(names)} were given together; a batch is either padded (mask) or packed "
-            "(cu_seqlens)"
-        )
-    if lengths is not None and tuple(lengths.shape) != (u.shape[0],):
-        raise ValueError(f"lengths: expected shape ({u.shape[0]},), got {tuple(lengths.shape)}")
-
-
 def last_inputs(x: Tensor, before: Tensor | None, lengths: Tensor, count: int) -> Tensor:
     """The last `count` inputs of each row, (b, count, d).
 
@@ -509,15 +489,6 @@ def last_inputs(x: Tensor, before: Tensor | None, lengths: Tensor, count: int) -
     earlier = (position + count).clamp(max=max(count - 1, 0))
     earlier = before.to(x.dtype).gather(1, earlier[..., None].expand(-1, -1, x.shape[2]))
     return torch.where(position[..., None] >= 0, inside, earlier)
-
-
-def is_count(value: object, least: int = 1) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _require(condition: bool, name: str, value: object, expected: str) -> None:
-    if not condition:
-        raise ValueError(f"{name}={value!r}: expected {expected}")
 
 
 def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
