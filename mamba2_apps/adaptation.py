@@ -1,27 +1,265 @@
-"""Which parameters train, and how."""
+"""Which weights a model starts from, and which of them train, how fast.
 
-from typing import Any
+`AdaptationConfig` is the `adaptation` section of a recipe; `mamba2-apps train RECIPE --backbone X`
+is short for `--adaptation.start X`.
+"""
 
-from torch import nn
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from mamba2_apps.checkpoint import CONFIG_NAME, WEIGHTS_NAME, read_backbone, read_weights
+
+LORA_TARGETS = ("in_proj", "out_proj")
 
 
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Optimizer groups of the trainable parameters: those with weight decay, those without.
+@dataclass(kw_only=True)
+class AdaptationConfig:
+    """Where the weights start, and which of them train.
+
+    Args:
+        start: a RUN, or a directory that `save_pretrained` wrote, whose backbone is taken, and of a
+            RUN the adapter too where its weights have the same shapes; null: random weights.
+        freeze: parts that do not train: none; backbone; or all_but_head, which leaves a linear
+            probe.
+        unfreeze_epoch: epoch, counted from 1, from which on the frozen parts train; null: never.
+        unfreeze_blocks: blocks of the backbone that begin to train with each epoch from
+            unfreeze_epoch on, the last ones first, the adapter at the end; null: all at once.
+        lora_rank: train a low-rank change of the mixers' projections in place of the backbone
+            (Hu et al. 2022); the RUN holds the merged weights; null: no change of that kind.
+        lora_alpha: the change is scaled by lora_alpha / lora_rank.
+    """
+
+    start: str | None = None
+    freeze: Literal["none", "backbone", "all_but_head"] = "none"
+    unfreeze_epoch: int | None = None
+    unfreeze_blocks: int | None = None
+    lora_rank: int | None = None
+    lora_alpha: float = 16.0
+
+    def __post_init__(self) -> None:
+        if self.freeze not in ("none", "backbone", "all_but_head"):
+            raise ValueError(
+                f"adaptation.freeze is {self.freeze!r}, expected none, backbone or all_but_head"
+            )
+        for name in ("unfreeze_epoch", "unfreeze_blocks", "lora_rank"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"adaptation.{name} is {value}, expected at least 1, or null")
+        if self.unfreeze_epoch is not None and self.freeze == "none":
+            raise ValueError("adaptation.unfreeze_epoch is set but nothing is frozen; set freeze")
+        if self.unfreeze_blocks is not None and self.unfreeze_epoch is None:
+            raise ValueError("adaptation.unfreeze_blocks is set; set unfreeze_epoch too")
+        if self.unfreeze_epoch == 1:
+            raise ValueError(
+                "adaptation.unfreeze_epoch is 1: nothing would be frozen; set freeze none"
+            )
+        if self.lora_rank is not None and self.freeze != "none":
+            raise ValueError(
+                f"adaptation.freeze is {self.freeze} beside lora_rank, which already keeps the "
+                "backbone's own weights; set freeze none"
+            )
+
+
+def adapt(model: nn.Module, config: AdaptationConfig, *, start: bool = True) -> None:
+    """Prepare a new model for training, in place.
+
+    Args:
+        model: with a `backbone`, and where it has one an `adapter`.
+        config: what to do.
+        start: load the weights of `config.start`; not needed where a checkpoint is resumed.
+
+    Raises ValueError where the model has no backbone, or the weights do not fit it.
+    """
+    if config == AdaptationConfig():
+        return
+    if not hasattr(model, "backbone"):
+        raise ValueError(f"{type(model).__name__} has no backbone to adapt; leave out adaptation")
+    if config.start is not None and start:
+        load_start(model, Path(config.start))
+    if config.lora_rank is not None:
+        add_lora(model.backbone, config.lora_rank, config.lora_alpha)  # type: ignore[arg-type]
+    for parameter in frozen_parameters(model, config, epoch=1):
+        parameter.requires_grad_(False)
+
+
+def load_start(model: nn.Module, path: Path) -> list[str]:
+    """Load a backbone, and an adapter where it fits; return the names of the parts that were.
+
+    Raises ValueError that names what does not fit.
+    """
+    tensors = read_start(path)
+    load_part(model.backbone, tensors, "backbone", path)  # type: ignore[arg-type]
+    adapter = getattr(model, "adapter", None)
+    expected = {} if adapter is None else adapter.state_dict()
+    given = {
+        name.removeprefix("adapter."): t for name, t in tensors.items() if _is_in(name, "adapter")
+    }
+    fits = bool(expected) and all(
+        name in given and given[name].shape == tensor.shape for name, tensor in expected.items()
+    )
+    if fits:
+        adapter.load_state_dict({name: given[name] for name in expected})  # type: ignore[union-attr]
+    return ["backbone", "adapter"] if fits else ["backbone"]
+
+
+def read_start(path: Path) -> dict[str, Tensor]:
+    """Tensors of a RUN by name, or those of a saved backbone under "backbone."."""
+    if (path / "config.yaml").is_file():
+        return read_weights(path / WEIGHTS_NAME)
+    if (path / CONFIG_NAME).is_file():
+        return {f"backbone.{name}": tensor for name, tensor in read_backbone(path)[1].items()}
+    raise ValueError(
+        f"adaptation.start is {path}, expected a finished RUN or a directory that save_pretrained "
+        "wrote"
+    )
+
+
+def load_part(part: nn.Module, tensors: dict[str, Tensor], name: str, source: Path) -> None:
+    """Load the tensors under "<name>." into a part of a model; all of them must fit."""
+    given = {key.removeprefix(f"{name}."): t for key, t in tensors.items() if _is_in(key, name)}
+    expected = part.state_dict()
+    wrong = [
+        f"{key} {tuple(given[key].shape)} for {tuple(expected[key].shape)}"
+        for key in expected.keys() & given.keys()
+        if given[key].shape != expected[key].shape
+    ]
+    missing, unknown = (
+        sorted(expected.keys() - given.keys()),
+        sorted(given.keys() - expected.keys()),
+    )
+    problems = [
+        f"{what}: {', '.join(keys[:4])}{' …' if len(keys) > 4 else ''}"
+        for what, keys in (("missing", missing), ("not known", unknown), ("shapes", sorted(wrong)))
+        if keys
+    ]
+    if problems:
+        raise ValueError(
+            f"the {name} of {source} does not fit this recipe's: {'; '.join(problems)}; give the "
+            f"recipe the sizes that it was trained with (model.{name})"
+        )
+    part.load_state_dict(given)
+
+
+class LowRank(nn.Module):
+    """weight + (alpha / rank) up · down, a trainable change of a frozen weight (out, in)."""
+
+    def __init__(self, weight: Tensor, rank: int, alpha: float) -> None:
+        super().__init__()
+        out, into = weight.shape
+        self.down = nn.Parameter(weight.new_empty(rank, into))
+        self.up = nn.Parameter(weight.new_zeros(out, rank))
+        nn.init.kaiming_uniform_(self.down, a=5**0.5)
+        self.scale = alpha / rank
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return torch.addmm(weight, self.up, self.down, alpha=self.scale)
+
+
+def add_lora(backbone: nn.Module, rank: int, alpha: float) -> None:
+    """Freeze a backbone and give its mixers' projections a trainable low-rank change."""
+    for parameter in backbone.parameters():
+        parameter.requires_grad_(False)
+    for name, module in list(backbone.named_modules()):
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in LORA_TARGETS:
+            parametrize.register_parametrization(
+                module, "weight", LowRank(module.weight, rank, alpha)
+            )
+
+
+def merge_lora(model: nn.Module) -> None:
+    """Put every low-rank change into the weight that it changes; names are as before `add_lora`."""
+    for module in model.modules():
+        if parametrize.is_parametrized(module, "weight"):
+            parametrize.remove_parametrizations(module, "weight")
+
+
+def frozen_parameters(
+    model: nn.Module, config: AdaptationConfig, *, epoch: int
+) -> list[nn.Parameter]:
+    """Parameters that do not train in an epoch, counted from 1, because of `config.freeze`."""
+    if config.freeze == "none":
+        return []
+    depths = depth_of_parameters(model)
+    deepest_frozen = max(depths.values())
+    if config.unfreeze_epoch is not None and epoch >= config.unfreeze_epoch:
+        if config.unfreeze_blocks is None:
+            return []
+        thawed = config.unfreeze_blocks * (epoch - config.unfreeze_epoch + 1)
+        deepest_frozen -= 1 + thawed  # the backbone's norm thaws with its last block
+    return [
+        parameter
+        for name, parameter in model.named_parameters()
+        if depths[name] <= deepest_frozen
+        and (_is_in(name, "backbone") if config.freeze == "backbone" else not _is_head(name))
+    ]
+
+
+class Unfreeze(Callback):
+    """Let frozen parameters train from the epochs on that the recipe names.
+
+    What trains is a function of the epoch alone, so that a resumed run needs no state.
+    """
+
+    def __init__(self, config: AdaptationConfig) -> None:
+        self.config = config
+
+    def on_train_epoch_start(self, trainer: Trainer, module: LightningModule) -> None:
+        model, epoch = module.model, trainer.current_epoch + 1
+        still = {id(p) for p in frozen_parameters(model, self.config, epoch=epoch)}  # type: ignore[arg-type]
+        for parameter in frozen_parameters(model, self.config, epoch=1):  # type: ignore[arg-type]
+            parameter.requires_grad_(id(parameter) not in still)
+
+
+def parameter_groups(
+    module: nn.Module, weight_decay: float, layer_decay: float | None = None
+) -> list[dict[str, Any]]:
+    """Optimizer groups of the parameters: with weight decay and without, by depth.
 
     Every task uses this one rule. Without decay are vectors and scalars (norms, biases) and what
-    `exempt_from_weight_decay` names.
+    `exempt_from_weight_decay` names. With layer_decay a group has "lr_scale", which timm's
+    schedulers multiply its rate by: 1 for the head, layer_decay for the last block, and so on down
+    to the adapter.
     """
     exempt = exempt_from_weight_decay(module)
-    decayed: list[nn.Parameter] = []
-    kept: list[nn.Parameter] = []
+    depths = depth_of_parameters(module) if layer_decay is not None else {}
+    deepest = max(depths.values(), default=0)
+    groups: dict[tuple[int, bool], dict[str, Any]] = {}
     for name, parameter in module.named_parameters():
-        if parameter.requires_grad:
-            (kept if name in exempt else decayed).append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": kept, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
+        key = (depths.get(name, 0), name not in exempt)
+        group = groups.setdefault(
+            key, {"params": [], "weight_decay": weight_decay if key[1] else 0.0}
+        )
+        if layer_decay is not None:
+            group["lr_scale"] = layer_decay ** (deepest - key[0])
+        group["params"].append(parameter)
+    return [groups[key] for key in sorted(groups)]
+
+
+def depth_of_parameters(model: nn.Module) -> dict[str, int]:
+    """How deep each parameter lies: 0 before the backbone, i + 1 in its block i, then the rest.
+
+    Raises ValueError for a model without a `backbone`.
+    """
+    if not hasattr(model, "backbone"):
+        raise ValueError(
+            f"{type(model).__name__} has no backbone; leave out optimizer.layer_decay and the "
+            "section adaptation"
+        )
+    last = len(model.backbone.layers) + 1  # type: ignore[arg-type, union-attr]
+    depths = {}
+    for name, _ in model.named_parameters():
+        if name.startswith("backbone.layers."):
+            depths[name] = int(name.split(".")[2]) + 1
+        else:
+            depths[name] = last if _is_in(name, "backbone") or _is_head(name) else 0
+    return depths
 
 
 def exempt_from_weight_decay(module: nn.Module) -> set[str]:
@@ -38,3 +276,11 @@ def exempt_from_weight_decay(module: nn.Module) -> set[str]:
             declared.add("weight")
         exempt |= {f"{prefix}.{name}" if prefix else name for name in declared}
     return exempt
+
+
+def _is_head(name: str) -> bool:
+    return _is_in(name, "head") or _is_in(name, "fc_norm")  # timm's names
+
+
+def _is_in(name: str, part: str) -> bool:
+    return name.startswith(f"{part}.")

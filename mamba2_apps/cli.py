@@ -71,11 +71,15 @@ def _parser() -> argparse.ArgumentParser:
         "train",
         _train,
         "train a recipe, or continue a run; `train RECIPE --help` lists the recipe's keys",
-        usage=f"{PROG} train RECIPE [--run DIR] [--key value ...] | {PROG} train --resume RUN",
+        usage=f"{PROG} train RECIPE [--run DIR] [--backbone START] [--key value ...] | "
+        f"{PROG} train --resume RUN",
         add_help=False,
     )
     train.add_argument("recipe", nargs="?", help="a shipped name, or the path of a YAML file")
     train.add_argument("--run", type=Path, metavar="DIR", help="new directory to write to")
+    train.add_argument(
+        "--backbone", metavar="START", help="a RUN or a saved backbone to start from"
+    )
     train.add_argument("--resume", type=Path, metavar="RUN", help="run to continue to its end")
     train.add_argument("-h", "--help", action="store_true", help="show this help, or a recipe's")
     train.set_defaults(parser=train)
@@ -123,7 +127,7 @@ def _train(arguments: argparse.Namespace) -> int:
             f"train takes a RECIPE or --resume RUN; `{PROG} recipes` lists the recipes"
         )
     if arguments.resume is not None:
-        if arguments.run is not None or arguments.overrides:
+        if arguments.run is not None or arguments.backbone is not None or arguments.overrides:
             raise ValueError("--resume continues a run as it is and takes no other argument")
         return _trained(arguments.resume, lambda run: _runs().resume(run))
 
@@ -136,7 +140,10 @@ def _train(arguments: argparse.Namespace) -> int:
         print(recipes.help_text(path))
         return 0
     run = arguments.run or _new_run(arguments.recipe)
-    return _trained(run, lambda run: _runs().train(path, run, arguments.overrides))
+    overrides = list(arguments.overrides)
+    if arguments.backbone is not None:
+        overrides.append(f"--adaptation.start={arguments.backbone}")
+    return _trained(run, lambda run: _runs().train(path, run, overrides))
 
 
 def _trained(run: Path, job: Callable[[Path], dict[str, Any]]) -> int:

@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -32,6 +32,9 @@ class UnreadableInput(ValueError):  # noqa: N818
 class Preprocessing(ABC):
     """Turn one input into the tensor that the model was trained on; a dataclass of JSON values."""
 
+    suffixes: ClassVar[tuple[str, ...]] = ()
+    """Endings of the output files that `answerer` writes itself."""
+
     @abstractmethod
     def find(self, source: str) -> list[str]:
         """Inputs under a path that a user gave: the file itself, or the files of a folder.
@@ -47,6 +50,24 @@ class Preprocessing(ABC):
         """Stack samples into a batch."""
         return default_collate(list(samples))
 
+    def answerer(
+        self, sources: Sequence[str], *, output: Path | None, stream: bool
+    ) -> Callable[..., Iterator[dict[str, Any]]] | None:
+        """A domain's own way to answer these inputs; None: a batch at a time.
+
+        It is a function of a task and of keyword options, which `predict` takes as `--key value`,
+        typed by its signature. It yields rows, or writes `output` itself where that ends in one of
+        `suffixes`.
+
+        Args:
+            sources: paths; "-" is standard input.
+            output: the file to write; None: rows go to standard output.
+            stream: answer while the input is being read.
+        """
+        if stream:
+            raise ValueError(f"{type(self).__name__} reads no streams; leave out --stream")
+        return None
+
 
 class EpochSampler(Sampler[tuple[int, int]]):
     """Yield (epoch, index) keys in an order that only the seed and the epoch decide.
@@ -56,6 +77,7 @@ class EpochSampler(Sampler[tuple[int, int]]):
         seed: seed of the run.
         epoch: first epoch, and `skip` the samples of it that were already seen by this rank.
         rank: which of `world_size` disjoint shares to yield.
+        weights: (size,) how often each sample is drawn, with replacement; None: each one once.
     """
 
     def __init__(
@@ -67,8 +89,10 @@ class EpochSampler(Sampler[tuple[int, int]]):
         skip: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        weights: np.ndarray | None = None,
     ) -> None:
         self.size, self.seed, self.epoch, self.skip = size, seed, epoch, skip
+        self.shares = None if weights is None else weights / weights.sum()
         self.rank, self.world_size = rank, world_size
 
     def set_epoch(self, epoch: int) -> None:
@@ -77,7 +101,11 @@ class EpochSampler(Sampler[tuple[int, int]]):
             self.epoch, self.skip = epoch, 0
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.size)
+        generator = np.random.default_rng([self.seed, self.epoch])
+        if self.shares is None:
+            order = generator.permutation(self.size)
+        else:
+            order = generator.choice(self.size, self.size, p=self.shares)
         share = order[self.rank :: self.world_size][: len(self)]
         for index in share[self.skip :]:
             yield self.epoch, int(index)
@@ -115,6 +143,7 @@ class DataModule(LightningDataModule, ABC):
     Args:
         batch_size: samples per step and device.
         num_workers: processes that read and augment; 0 does it in the training process.
+        balanced: draw every class equally often while training, with replacement.
     """
 
     seed: int = 0
@@ -125,11 +154,13 @@ class DataModule(LightningDataModule, ABC):
     val_set: Dataset[Sample]
     test_set: Dataset[Sample]
 
-    def __init__(self, *, batch_size: int = 64, num_workers: int = 0) -> None:
+    def __init__(
+        self, *, batch_size: int = 64, num_workers: int = 0, balanced: bool = False
+    ) -> None:
         super().__init__()
         if batch_size < 1:
             raise ValueError(f"data.batch_size is {batch_size}, expected at least 1")
-        self.batch_size, self.num_workers = batch_size, num_workers
+        self.batch_size, self.num_workers, self.balanced = batch_size, num_workers, balanced
         self._epoch, self._batches_done = 0, 0
 
     @property
@@ -140,6 +171,23 @@ class DataModule(LightningDataModule, ABC):
     def augment(self, sample: Sample) -> Sample:
         """Random changes of one training sample, drawn from the global generators."""
         return sample
+
+    def mix(self, batch: Sample) -> Sample:
+        """Random changes of a training batch on its device, such as mixup.
+
+        Drawn from the global generators. Targets may become probabilities (b, k).
+        """
+        return batch
+
+    def class_of_samples(self) -> np.ndarray:
+        """Class index (n,) of each training sample, for what balances classes."""
+        raise ValueError(
+            f"{type(self).__name__} has no one class per sample to balance; leave data.balanced "
+            "and task.class_weights out"
+        )
+
+    def report(self, task: Any, folder: Path) -> None:
+        """Draw what people of this domain look at after the last test into a RUN."""
 
     def baselines(self) -> dict[str, dict[str, float]]:
         """Test metrics of simple models on the same split, by name: what to beat."""
@@ -156,10 +204,15 @@ class DataModule(LightningDataModule, ABC):
             skip=self._batches_done * self.batch_size,
             rank=rank,
             world_size=world_size,
+            weights=self._balancing_weights() if self.balanced else None,
         )
         dataset = AugmentedDataset(self.train_set, self.augment, self.seed)
         # A last, smaller batch would weigh its samples more; it is kept only where it is the first.
         return self._loader(dataset, sampler=sampler, drop_last=len(sampler) >= self.batch_size)
+
+    def _balancing_weights(self) -> np.ndarray:
+        classes = self.class_of_samples()
+        return 1 / np.bincount(classes)[classes]
 
     def val_dataloader(self) -> DataLoader[Sample]:
         return self._loader(self.val_set)

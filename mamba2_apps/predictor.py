@@ -66,7 +66,7 @@ class Predictor:
         """As `predict`, a batch at a time."""
         for names, batch in self._batches(inputs, batch_size, on_error):
             with torch.inference_mode():
-                answers = self.task.predictions(self.task(batch))
+                answers = self.task.predictions(self.task(batch), batch)
             for name, answer in zip(names, answers, strict=True):
                 yield {"input": name, **answer}
 

@@ -8,7 +8,7 @@ another (the width of the backbone, the number of labels) it is given when it is
 import difflib
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from inspect import signature
 from pathlib import Path
 from pkgutil import resolve_name
@@ -20,6 +20,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from torch import nn
 
+from mamba2_apps.adaptation import AdaptationConfig
 from mamba2_apps.backbone import BackboneConfig
 from mamba2_apps.data import DataModule
 from mamba2_apps.tasks import OptimizerConfig, Task
@@ -37,6 +38,7 @@ class Recipe:
         task: called with the model, the labels and the optimizer's configuration.
         optimizer: how weights are updated.
         trainer: how long, on what and how precisely to train.
+        adaptation: which weights to start from, and which of them train.
         seed: of initial weights, order, augmentation and dropout; splits do not use it.
     """
 
@@ -46,6 +48,7 @@ class Recipe:
     task: Callable[[nn.Module, list[str], OptimizerConfig], Task]
     optimizer: OptimizerConfig
     trainer: TrainerConfig
+    adaptation: AdaptationConfig = field(default_factory=AdaptationConfig)
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -159,7 +162,7 @@ def _nearest(key: str, names: Sequence[str] | set[str]) -> str:
 def _names_in(path: Path) -> set[str]:
     """Names of every parameter that a recipe's classes take."""
     names: set[str] = set()
-    for part in (Recipe, OptimizerConfig, TrainerConfig, BackboneConfig):
+    for part in (Recipe, OptimizerConfig, TrainerConfig, AdaptationConfig, BackboneConfig):
         assert is_dataclass(part)
         names |= {field.name for field in fields(part)}
     try:

@@ -1,5 +1,7 @@
 """Pictures and tables of a RUN, for people."""
 
+import csv
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from mamba2_apps.files import replacing
+from mamba2_apps.files import replacing, write_text
 
 TRAIN_COLOR, VAL_COLOR, BEST_COLOR = "#4878a8", "#c8553d", "#666666"
 
@@ -64,6 +66,23 @@ def confusion_matrix(counts: np.ndarray, labels: Sequence[str], path: Path) -> N
         title=f"{np.trace(counts)} of {counts.sum()} correct ({correct:.1%})",
     )
     _save(figure, path)
+
+
+def class_table(counts: np.ndarray, labels: Sequence[str], path: Path) -> None:
+    """Write a CSV of each class: how many there are, recall (its accuracy), precision and F1.
+
+    Args:
+        counts: (k, k), rows the true and columns the predicted class.
+        labels: the k names.
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["label", "count", "recall", "precision", "f1"])
+    for index, label in enumerate(labels):
+        right, true, given = counts[index, index], counts[index].sum(), counts[:, index].sum()
+        scores = [right / max(true, 1), right / max(given, 1), 2 * right / max(true + given, 1)]
+        writer.writerow([label, true, *(f"{score:.6g}" for score in scores)])
+    write_text(path, text.getvalue())
 
 
 def comparison_table(ours: dict[str, float], baselines: dict[str, dict[str, float]]) -> str:

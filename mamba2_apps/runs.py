@@ -6,7 +6,7 @@ labels.json         names of the outputs
 preprocessing.json  what was done to the inputs
 metrics.json        test and validation metrics, beside baselines
 metrics.csv         one row per epoch
-curves.png, confusion.png, tensorboard/
+curves.png, confusion.png, classes.csv, tensorboard/
 checkpoints/        last.ckpt and best.ckpt, for `train --resume`
 """
 
@@ -25,6 +25,7 @@ from lightning.pytorch.trainer.states import TrainerStatus
 from safetensors import SafetensorError
 
 from mamba2_apps import recipes, reports
+from mamba2_apps.adaptation import adapt, merge_lora
 from mamba2_apps.data import Preprocessing
 from mamba2_apps.files import replacing, write_json, write_text
 from mamba2_apps.recipes import Recipe
@@ -112,7 +113,9 @@ def _train(recipe: Recipe, run: Path) -> dict[str, Any]:
     data.prepare_data()
     data.setup("fit")
     seed_everything(recipe.seed, verbose=False)
-    task = recipe.task(recipe.model(len(data.labels)), data.labels, recipe.optimizer)
+    model = recipe.model(len(data.labels))
+    adapt(model, recipe.adaptation, start=not (run / LAST).exists())
+    task = recipe.task(model, data.labels, recipe.optimizer)
     write_json(run / LABELS, data.labels)
     preprocessing = data.preprocessing
     class_path = f"{type(preprocessing).__module__}.{type(preprocessing).__qualname__}"
@@ -126,7 +129,12 @@ def _fit(recipe: Recipe, task: Task, run: Path) -> Recorder:
     step = _read_checkpoint(last)["global_step"] if last.exists() else 0
     with ctrl_c_noted() as interrupt:
         trainer = build_trainer(
-            recipe.trainer, run=run, seed=recipe.seed, interrupt=interrupt, first_step=step
+            recipe.trainer,
+            run=run,
+            seed=recipe.seed,
+            interrupt=interrupt,
+            adaptation=recipe.adaptation,
+            first_step=step,
         )
         try:
             trainer.fit(task, datamodule=recipe.data, ckpt_path=last if last.exists() else None)
@@ -144,6 +152,7 @@ def _finish(
     """Write the weights of the best epoch, test them, and report."""
     task.load_state_dict(_read_checkpoint(run / BEST)["state_dict"])
     task.cpu()
+    merge_lora(task.model)
     with replacing(run / WEIGHTS) as partial:
         safetensors.torch.save_model(task.model, str(partial))
     recorder.write_table()  # the run may have been killed between its last checkpoint and its table
@@ -159,6 +168,7 @@ def _finish(
         "seconds": round(seconds, 1),
     }
     task.report(run)
+    recipe.data.report(task, run)
     write_json(run / METRICS, metrics)
     return metrics
 

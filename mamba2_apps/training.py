@@ -25,12 +25,14 @@ from lightning.pytorch.callbacks import (
     Callback,
     Checkpoint,
     EarlyStopping,
-    EMAWeightAveraging,
     RichProgressBar,
+    WeightAveraging,
 )
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from mamba2_apps.adaptation import AdaptationConfig, Unfreeze
 from mamba2_apps.data import seed_generators
 from mamba2_apps.files import replacing, write_text
 
@@ -82,7 +84,13 @@ class TrainerConfig:
 
 
 def build_trainer(
-    config: TrainerConfig, *, run: Path, seed: int, interrupt: threading.Event, first_step: int = 0
+    config: TrainerConfig,
+    *,
+    run: Path,
+    seed: int,
+    interrupt: threading.Event,
+    adaptation: AdaptationConfig,
+    first_step: int = 0,
 ) -> Trainer:
     """A Trainer that writes checkpoints, curves and logs into the folder `run`.
 
@@ -99,7 +107,10 @@ def build_trainer(
     if bar:
         callbacks.append(RichProgressBar(console_kwargs={"stderr": True}))
     if config.ema_decay is not None:
-        callbacks.append(EMAWeightAveraging(decay=config.ema_decay))
+        # By lerp, which leaves a frozen weight bit for bit what it is.
+        callbacks.append(WeightAveraging(multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay)))
+    if adaptation.unfreeze_epoch is not None:
+        callbacks.append(Unfreeze(adaptation))
     if config.early_stop_patience is not None:
         callbacks.append(
             EarlyStopping(config.monitor, mode=config.mode, patience=config.early_stop_patience)

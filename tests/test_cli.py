@@ -72,7 +72,7 @@ def test_a_run_holds_what_the_readme_says(trained):
     names = {path.name for path in trained.iterdir()}
     assert names == {
         "config.yaml", "model.safetensors", "labels.json", "preprocessing.json", "metrics.json",
-        "metrics.csv", "curves.png", "confusion.png", "tensorboard", "checkpoints",
+        "metrics.csv", "curves.png", "confusion.png", "classes.csv", "tensorboard", "checkpoints",
     }  # fmt: skip
     metrics = json.loads((trained / "metrics.json").read_text())
     assert {"scikit-learn SVC", "scikit-learn logistic regression"} == set(metrics["baselines"])
@@ -178,7 +178,7 @@ def test_nothing_readable_is_a_failure(capsys, tmp_path, trained):
 
 
 def test_a_failed_prediction_leaves_no_output_file(capsys, tmp_path, trained, images, monkeypatch):
-    def fail(self, outputs):
+    def fail(self, outputs, batch):
         raise OSError("disk full")
 
     monkeypatch.setattr("mamba2_apps.tasks.Classification.predictions", fail)

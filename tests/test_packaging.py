@@ -19,7 +19,7 @@ def folder_of(package: str) -> Path:
 
 
 def test_packages_listed_are_the_folders_with_code():
-    folders = {"mamba2_apps": ROOT / "mamba2_apps"}
+    folders = {"mamba2_apps": ROOT / "mamba2_apps", "mamba2_apps.tasks": ROOT / "mamba2_apps/tasks"}
     for top in ("kernels", *DOMAINS):
         folders[f"mamba2_apps.{top}"] = ROOT / top
         for init in (ROOT / top).rglob("__init__.py"):
@@ -83,8 +83,8 @@ def test_imports_flow_one_way(layer):
         **{d: [f"mamba2_apps.{other}" for other in DOMAINS if other != d] for d in DOMAINS},
     }[layer]
     if layer == "core":
-        paths = sorted((ROOT / "mamba2_apps").glob("*.py"))
-        package = "mamba2_apps"
+        core = ROOT / "mamba2_apps"
+        paths, package = [*core.glob("*.py"), *core.glob("tasks/*.py")], "mamba2_apps"
     else:
         paths, package = files_in(ROOT / layer), f"mamba2_apps.{layer}"
     for path in paths:

@@ -8,8 +8,22 @@ from torch.utils.data import DataLoader
 
 from mamba2_apps import reports
 from mamba2_apps.backbone import BackboneConfig
-from mamba2_apps.heads import PooledHead, TokenHead
-from mamba2_apps.tasks import Classification, OptimizerConfig, SequenceModel
+from mamba2_apps.heads import CTCHead, PooledHead, TokenHead, TrackHead
+from mamba2_apps.tasks import (
+    CTC,
+    Classification,
+    MaskedReconstruction,
+    MultiLabel,
+    NextToken,
+    OptimizerConfig,
+    Regression,
+    SequenceModel,
+    TokenClassification,
+    TokenMultiLabel,
+    TrackRegression,
+)
+from mamba2_apps.tasks.classification import balanced_weights
+from mamba2_apps.tasks.pretraining import hidden_tokens
 
 LABELS = ["a", "b", "c"]
 
@@ -89,7 +103,7 @@ def test_smoothing_is_for_training_only():
 
 
 def test_predictions_are_probabilities_by_label():
-    (answer,) = task().predictions(torch.tensor([[0.0, 2.0, 1.0]]))
+    (answer,) = task().predictions(torch.tensor([[0.0, 2.0, 1.0]]), {})
     assert answer["label"] == "b"
     assert list(answer["probabilities"]) == LABELS
     assert sum(answer["probabilities"].values()) == pytest.approx(1)
@@ -179,3 +193,209 @@ def test_the_comparison_shows_metrics_that_all_models_have():
     ).splitlines()
     assert table[0].split() == ["accuracy"]
     assert [line.split()[-1] for line in table[1:]] == ["0.9900", "0.5000"]
+
+
+NAN, OPTIMIZER = float("nan"), OptimizerConfig(lr=1e-2, warmup_epochs=0)
+
+
+def padded_batch(**extra) -> dict[str, torch.Tensor]:
+    """Two rows of 7 tokens, of which the second has 4."""
+    mask = torch.tensor([[True] * 7, [True] * 4 + [False] * 3])
+    return {"inputs": batch(2)["inputs"], "mask": mask, **extra}
+
+
+def test_class_weights_follow_the_data_or_the_recipe():
+    weights = balanced_weights(torch.tensor([0, 0, 0, 2]), 3)
+    torch.testing.assert_close(weights, torch.tensor([4 / 6, 0, 2.0]))
+    one = Classification(model(), LABELS, OPTIMIZER, class_weights=[1, 2, 3])
+    logits, data = torch.randn(6, 3), batch()
+    weighted = nn.functional.cross_entropy(logits, data["targets"], torch.tensor([1.0, 2, 3]))
+    torch.testing.assert_close(one.train().loss(logits, data), weighted)
+    with pytest.raises(ValueError, match=r"class_weights is \[1\].*for each of \['a', 'b', 'c'\]"):
+        Classification(model(), LABELS, OPTIMIZER, class_weights=[1])
+
+
+def test_mixed_samples_have_probabilities_as_targets():
+    one, data = task(), batch(2)
+    data["targets"] = torch.tensor([[0.7, 0.3, 0.0], [0.0, 0.1, 0.9]])
+    logits = torch.randn(2, 3)
+    expected = -(data["targets"] * logits.log_softmax(-1)).sum(-1).mean()
+    torch.testing.assert_close(one.score(one.train_scores, logits, data), expected)
+    assert one.train_scores.metrics["accuracy"].compute() == (
+        (logits.argmax(-1) == torch.tensor([0, 2])).float().mean()
+    )
+
+
+def test_several_labels_are_present_from_the_threshold_on():
+    one = MultiLabel(model(), LABELS, OPTIMIZER, threshold=0.6)
+    logits = torch.tensor([[2.0, 0.3, -1.0]])
+    (answer,) = one.predictions(logits, {})
+    assert answer["labels"] == ["a"]
+    assert answer["probabilities"]["b"] == pytest.approx(0.574443, abs=1e-5)
+    fit(one, [{**batch(), "targets": torch.eye(3).repeat(2, 1)}], max_epochs=1)
+
+
+def test_tokens_without_a_label_count_nowhere():
+    one = TokenClassification(model(TokenHead), LABELS, OPTIMIZER)
+    targets = torch.tensor([[0, 1, 2, -100, 0, 1, 2], [2, 1, 0, 0, -100, -100, -100]])
+    data = padded_batch(targets=targets)
+    logits = one(data)
+    known = targets != -100
+    expected = nn.functional.cross_entropy(logits[known], targets[known])
+    torch.testing.assert_close(one.score(one.val_scores, logits, data), expected)
+    right = (logits.argmax(-1) == targets)[known].float().mean()
+    values = one.val_scores.compute()
+    assert values["val/accuracy"] == pytest.approx(right.item())
+    assert values["val/loss"] == pytest.approx(expected.item())
+    changed = {**data, "inputs": data["inputs"].clone()}
+    changed["inputs"][1, 4:] = NAN
+    torch.testing.assert_close(one.loss(one(changed), changed), expected)
+
+
+def test_segments_are_runs_of_one_class_within_the_data():
+    one = TokenClassification(model(TokenHead), LABELS, OPTIMIZER)
+    classes = torch.tensor([[0, 0, 1, 1, 1, 0, 0], [2, 2, 2, 1, 0, 0, 0]])
+    logits = 20.0 * nn.functional.one_hot(classes, 3)
+    first, second = (a["segments"] for a in one.predictions(logits, padded_batch()))
+    assert [(s["start"], s["end"], s["label"]) for s in first] == [
+        (0, 2, "a"), (2, 5, "b"), (5, 7, "a"),
+    ]  # fmt: skip
+    assert [(s["start"], s["end"], s["label"]) for s in second] == [(0, 3, "c"), (3, 4, "b")]
+    assert first[0]["probability"] == pytest.approx(1)
+
+
+def test_labels_of_tokens_overlap_and_may_be_unknown():
+    one = TokenMultiLabel(model(TokenHead), LABELS, OPTIMIZER)
+    targets = torch.randint(2, (2, 7, 3)).float()
+    targets[1, 4:], targets[0, 2, 1] = NAN, NAN
+    data = padded_batch(targets=targets)
+    logits = torch.randn(2, 7, 3)
+    known = ~targets.isnan()
+    expected = nn.functional.binary_cross_entropy_with_logits(logits[known], targets[known])
+    torch.testing.assert_close(one.score(one.test_scores, logits, data), expected)
+    assert {"test/f1", "test/average_precision"} < one.test_scores.compute().keys()
+    answer = one.predictions(torch.full((2, 7, 3), 3.0), padded_batch())[1]
+    assert [(s["start"], s["end"], s["label"]) for s in answer["segments"]] == [
+        (0, 4, "a"), (0, 4, "b"), (0, 4, "c"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["mse", "huber", "poisson"])
+def test_unknown_values_count_nowhere(name):
+    one = Regression(model(), LABELS, OPTIMIZER, loss_name=name)
+    targets = torch.tensor([[1.0, NAN, 2.0], [NAN, 0.0, 4.0]])
+    outputs = torch.randn(2, 3, requires_grad=True)
+    loss = one.score(one.val_scores, outputs, {**batch(2), "targets": targets})
+    loss.backward()
+    assert loss.isfinite()
+    assert outputs.grad[targets.isnan()].tolist() == [0, 0]
+    assert outputs.grad[~targets.isnan()].abs().min() > 0
+    values = one.values(outputs)[~targets.isnan()]
+    error = (values - targets[~targets.isnan()]).abs().mean()
+    assert one.val_scores.compute()["val/mae"] == pytest.approx(error.item(), rel=1e-5)
+
+
+def test_a_track_has_a_value_for_each_bin_with_data():
+    head = lambda d, k: TrackHead(d, k, bin_size=3)  # noqa: E731
+    one = TrackRegression(model(head), LABELS, OPTIMIZER)
+    data = padded_batch()
+    first, second = (a["values"] for a in one.predictions(one(data), data))
+    assert [len(first[name]) for name in LABELS] == [3, 3, 3]
+    assert [len(second[name]) for name in LABELS] == [2, 2, 2]
+
+
+def test_text_needs_no_lengths():
+    one = CTC(model(CTCHead), LABELS, OPTIMIZER)
+    targets = torch.tensor([[0, 1, 2], [2, -100, -100]])
+    data = padded_batch(targets=targets)
+    scores = one(data)
+    expected = nn.functional.ctc_loss(
+        scores.transpose(0, 1), torch.tensor([1, 2, 3, 3]), (7, 4), (3, 1)
+    )
+    torch.testing.assert_close(one.loss(scores, data), expected)
+    path = torch.tensor([[1, 1, 0, 1, 2, 2, 0], [0, 3, 3, 3, 0, 0, 0]])
+    sure = nn.functional.one_hot(path, 4).float().log()
+    assert one.predictions(sure, data) == [{"text": "aab"}, {"text": "c"}]
+    one.update_metrics(one.val_scores.metrics, sure, data)
+    assert one.val_scores.metrics.compute()["cer"] == pytest.approx(2 / 4)
+
+
+class Ids(nn.Module):
+    """An adapter over ids 0 to 4 that hides tokens, and gives ids or values back."""
+
+    target_size, discrete_targets = 5, True
+
+    def __init__(self, d_model: int) -> None:
+        super().__init__()
+        self.table = nn.Embedding(6, d_model)
+
+    def forward(self, inputs, mask=None, hide=None):
+        return self.table(inputs if hide is None else inputs.masked_fill(hide, 5)), mask
+
+    def targets(self, inputs, mask):
+        return inputs
+
+
+def id_model(bidirectional: bool) -> SequenceModel:
+    torch.manual_seed(0)
+    config = BackboneConfig(16, 2, d_state=8, headdim=8, bidirectional=bidirectional)
+    return SequenceModel(0, adapter=Ids, backbone=config, head=TokenHead)
+
+
+def ids() -> dict[str, torch.Tensor]:
+    inputs = torch.arange(40).reshape(2, 20) % 5
+    mask = torch.ones(2, 20, dtype=torch.bool)
+    mask[1, :6] = False
+    return {"inputs": inputs, "mask": mask}
+
+
+def test_hidden_tokens_are_a_part_of_the_data_in_spans():
+    data = torch.ones(3, 100, dtype=torch.bool)
+    data[1, 40:], data[2, 1:] = False, False
+    hide = hidden_tokens(data, 0.3, 1)
+    assert hide.sum(1).tolist() == [30, 12, 1]
+    assert not (hide & ~data).any()
+    spans = hidden_tokens(data[:1], 0.3, 10)[0].reshape(10, 10)
+    assert spans.sum(1).sort().values.tolist() == [0] * 7 + [10] * 3
+    one, two = (hidden_tokens(data, 0.3, 1, torch.Generator().manual_seed(4)) for _ in range(2))
+    assert torch.equal(one, two)
+
+
+def test_masked_reconstruction_scores_the_hidden_tokens_only():
+    one = MaskedReconstruction(id_model(True), [], OPTIMIZER, mask_ratio=0.3)
+    data = one.prepare(ids(), 0, "val")
+    hide = data["hide"]
+    assert hide.sum(1).tolist() == [6, 4]
+    outputs = one(data)
+    expected = nn.functional.cross_entropy(outputs[hide], data["targets"][hide])
+    torch.testing.assert_close(one.score(one.val_scores, outputs, data), expected)
+    assert one.val_scores.compute()["val/accuracy"] == (
+        (outputs.argmax(-1) == data["targets"])[hide].float().mean()
+    )
+    secret = {**data, "inputs": data["inputs"].masked_fill(hide, 0)}
+    torch.testing.assert_close(one(secret), outputs)
+    trainer = fit(one, [ids()], max_epochs=60)
+    assert trainer.callback_metrics["train/accuracy"] > 0.6  # chance is 0.2
+
+
+def test_the_next_token_weighs_tokens_and_pairs_within_the_data():
+    one = NextToken(id_model(False), [], OPTIMIZER)
+    weights = torch.ones(2, 20)
+    weights[0, 10:] = 0.1
+    data = one.prepare({**ids(), "weights": weights}, 0, "val")
+    outputs = one(data)
+    losses = nn.functional.cross_entropy(
+        outputs[:, :-1].mT, data["targets"][:, 1:], reduction="none"
+    )
+    w = (weights * data["mask"])[:, 1:].clone()
+    w[1, 5] = 0  # the first base after the padding has none before it
+    torch.testing.assert_close(one.loss(outputs, data), (losses * w).sum() / w.sum())
+    answers = one.predictions(one(ids()), ids())
+    assert [answer["tokens"] for answer in answers] == [19, 13]
+
+
+def test_an_objective_that_sees_the_answer_is_refused():
+    with pytest.raises(ValueError, match="already seen by a bidirectional"):
+        NextToken(id_model(True), [], OPTIMIZER)
+    with pytest.raises(ValueError, match="no adapter with targets"):
+        MaskedReconstruction(model(), LABELS, OPTIMIZER)

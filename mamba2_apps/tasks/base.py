@@ -1,9 +1,9 @@
-"""LightningModules: a model, a loss, metrics and an optimizer.
+"""What every task shares: the model, its optimizer, its scores.
 
 `SequenceModel` is adapter ∘ backbone ∘ head. A `Task` trains any module that maps (inputs, mask) to
-outputs; a new kind of answer (tracks, tags, text) is a new subclass with its loss and metrics.
+outputs; each kind of answer (classes, tags, tracks, text) is a subclass with its loss and metrics.
 
-Dimensions: batch b · seqlen l · d_model d · classes k
+Dimensions: batch b · seqlen l (tokens) · d_model d · classes k
 """
 
 from abc import ABC, abstractmethod
@@ -12,22 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.nn.functional as F
+import torch
 from lightning import LightningModule
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric, MetricCollection
-from torchmetrics.classification import (
-    MulticlassAccuracy,
-    MulticlassCalibrationError,
-    MulticlassConfusionMatrix,
-    MulticlassF1Score,
-)
 
-from mamba2_apps import reports
 from mamba2_apps.adaptation import parameter_groups
 from mamba2_apps.backbone import Backbone, BackboneConfig
+from mamba2_apps.data import DataModule
 from mamba2_apps.heads import pool_tokens
 
 
@@ -42,6 +36,8 @@ class OptimizerConfig:
         betas: decay rates of the running mean and of the running square of the gradient.
         warmup_epochs: epochs, fractions too, over which the rate rises from 0.
         min_lr_ratio: last rate as a fraction of `lr`.
+        layer_decay: each block learns at this times the rate of the block above it, the head at
+            `lr`, the adapter slowest (Clark et al. 2020); null: all at `lr`.
     """
 
     name: str = "adamw"
@@ -50,6 +46,7 @@ class OptimizerConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     warmup_epochs: float = 1.0
     min_lr_ratio: float = 0.01
+    layer_decay: float | None = None
 
     def __post_init__(self) -> None:
         if not self.lr > 0:
@@ -58,13 +55,19 @@ class OptimizerConfig:
             raise ValueError(f"optimizer.warmup_epochs is {self.warmup_epochs}, expected >= 0")
         if not 0 <= self.min_lr_ratio <= 1:
             raise ValueError(f"optimizer.min_lr_ratio is {self.min_lr_ratio}, expected 0 to 1")
+        if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
+            raise ValueError(
+                f"optimizer.layer_decay is {self.layer_decay}, expected above 0 and up to 1, or "
+                "null"
+            )
 
 
 class SequenceModel(nn.Module):
     """adapter ∘ backbone ∘ head.
 
     Args:
-        num_outputs: outputs of the head, such as classes.
+        num_outputs: outputs of the head, such as classes; 0, for data without labels: as many as
+            the adapter's tokens give back, its `target_size`.
         adapter: called with d_model, gives a module (inputs, mask) -> (embeddings (b, l, d), mask).
         backbone: sizes of the Mamba-2 backbone.
         head: called with d_model and num_outputs, gives a module (hidden (b, l, d), mask) ->
@@ -82,11 +85,18 @@ class SequenceModel(nn.Module):
         super().__init__()
         self.adapter = adapter(backbone.d_model)
         self.backbone = Backbone(backbone)
-        self.head = head(backbone.d_model, num_outputs)
+        self.head = head(backbone.d_model, num_outputs or self.adapter.target_size)  # type: ignore[arg-type]
 
-    def features(self, inputs: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Hidden states (b, l, d) after the final norm, and their mask (b, l)."""
-        embeddings, mask = self.adapter(inputs, mask)
+    def features(
+        self, inputs: Tensor, mask: Tensor | None = None, hide: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Hidden states (b, l, d) after the final norm, and the mask (b, l) of their tokens.
+
+        hide (b, l) bool: tokens whose content an adapter built with `maskable` replaces by its mask
+        token.
+        """
+        options = {} if hide is None else {"hide": hide}
+        embeddings, mask = self.adapter(inputs, mask, **options)
         return self.backbone(embeddings, mask=mask), mask
 
     def forward(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -97,6 +107,12 @@ class SequenceModel(nn.Module):
         """One vector (b, d) per input, pooled as the head pools, or the mean over its tokens."""
         hidden, mask = self.features(inputs, mask)
         return pool_tokens(hidden, mask, getattr(self.head, "pool", "mean"))
+
+    def token_mask(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor | None:
+        """Which tokens (b, l) hold data: `mask` itself unless the adapter joins several inputs."""
+        if hasattr(self.adapter, "token_mask"):
+            return self.adapter.token_mask(inputs, mask)  # type: ignore[operator]
+        return mask
 
 
 class Scores(nn.Module):
@@ -151,11 +167,47 @@ class Task(LightningModule, ABC):
         """Mean loss of a batch, a scalar."""
 
     @abstractmethod
-    def predictions(self, outputs: Tensor) -> list[dict[str, Any]]:
+    def predictions(self, outputs: Tensor, batch: dict[str, Any]) -> list[dict[str, Any]]:
         """Answers for people and tables, one dict of JSON values per input."""
+
+    def prepare(self, batch: dict[str, Any], batch_idx: int, part: str) -> dict[str, Any]:
+        """What is done to a batch of "train", "val" or "test" on the device, before the model.
+
+        Samples are mixed here, and not in a hook of Lightning's, because here the random generators
+        have been seeded for the batch.
+        """
+        if part == "train" and isinstance(getattr(self.trainer, "datamodule", None), DataModule):
+            return self.trainer.datamodule.mix(batch)  # type: ignore[attr-defined]
+        return batch
+
+    def update_metrics(
+        self, metrics: MetricCollection, outputs: Tensor, batch: dict[str, Any]
+    ) -> None:
+        """Add a batch to the metrics."""
+        metrics.update(outputs, batch["targets"])
+
+    def loss_weight(self, batch: dict[str, Any]) -> int | Tensor:
+        """How much a batch's mean loss counts in an epoch's: the number of its answers."""
+        return len(batch["inputs"])
 
     def report(self, folder: Path) -> None:
         """Draw what the last test measured into a RUN."""
+
+    def token_mask(self, outputs: Tensor, batch: dict[str, Any]) -> Tensor:
+        """Which of the outputs (b, l, …) stand for data, (b, l) bool."""
+        mask = batch.get("mask")
+        if hasattr(self.model, "token_mask"):
+            mask = self.model.token_mask(batch["inputs"], mask)  # type: ignore[operator]
+        if mask is None:
+            return torch.ones(outputs.shape[:2], dtype=torch.bool, device=outputs.device)
+        return mask
+
+    def score(self, scores: Scores, outputs: Tensor, batch: dict[str, Any]) -> Tensor:
+        """Mean loss of a batch, a scalar, counted in `scores` with the metrics."""
+        loss = self.loss(outputs, batch)
+        scores.loss.update(loss.detach(), weight=self.loss_weight(batch))
+        self.update_metrics(scores.metrics, outputs.detach(), batch)
+        return loss
 
     def forward(self, batch: dict[str, Any]) -> Tensor:
         return self.model(batch["inputs"], batch.get("mask"))
@@ -170,7 +222,8 @@ class Task(LightningModule, ABC):
         self.train_scores.reset()
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        loss = self._step(batch, self.train_scores)
+        batch = self.prepare(batch, batch_idx, "train")
+        loss = self.score(self.train_scores, self(batch), batch)
         self.log("loss", loss.detach(), prog_bar=True)
         return loss
 
@@ -181,7 +234,8 @@ class Task(LightningModule, ABC):
         self.val_scores.reset()
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        self._step(batch, self.val_scores)
+        batch = self.prepare(batch, batch_idx, "val")
+        self.score(self.val_scores, self(batch), batch)
 
     def on_validation_epoch_end(self) -> None:
         self.log_dict(self.val_scores.compute(), prog_bar=True)
@@ -190,7 +244,8 @@ class Task(LightningModule, ABC):
         self.test_scores.reset()
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        self._step(batch, self.test_scores)
+        batch = self.prepare(batch, batch_idx, "test")
+        self.score(self.test_scores, self(batch), batch)
 
     def on_test_epoch_end(self) -> None:
         self.log_dict(self.test_scores.compute())
@@ -198,7 +253,7 @@ class Task(LightningModule, ABC):
     def configure_optimizers(self) -> Any:
         config = self.optimizer_config
         optimizer = create_optimizer_v2(
-            parameter_groups(self.model, config.weight_decay),
+            parameter_groups(self.model, config.weight_decay, config.layer_decay),
             opt=config.name,
             lr=config.lr,
             betas=config.betas,
@@ -224,68 +279,3 @@ class Task(LightningModule, ABC):
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         scheduler.step_update(self.trainer.global_step)
-
-    def _step(self, batch: dict[str, Any], scores: Scores) -> Tensor:
-        outputs = self(batch)
-        loss = self.loss(outputs, batch)
-        scores.loss.update(loss.detach(), weight=len(batch["inputs"]))
-        scores.metrics.update(outputs.detach(), batch["targets"])
-        return loss
-
-
-class Classification(Task):
-    """One label per input, by cross-entropy.
-
-    Args:
-        model: (inputs, mask) -> logits (b, k).
-        labels: the k class names.
-        optimizer: how weights are updated.
-        label_smoothing: probability shared by the other classes while training, 0 to 1.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        labels: list[str],
-        optimizer: OptimizerConfig,
-        *,
-        label_smoothing: float = 0.0,
-    ) -> None:
-        if len(labels) < 2:
-            raise ValueError(f"the data has the labels {labels}; classification needs two or more")
-        if not 0 <= label_smoothing < 1:
-            raise ValueError(f"task.label_smoothing is {label_smoothing}, expected 0 to 1")
-        super().__init__(model, labels, optimizer)
-        self.label_smoothing = label_smoothing
-
-    def build_metrics(self, part: str) -> dict[str, Metric]:
-        classes = len(self.labels)
-        metrics: dict[str, Metric] = {
-            "accuracy": MulticlassAccuracy(classes, average="micro"),
-            "macro_f1": MulticlassF1Score(classes, average="macro"),
-        }
-        if part == "test":
-            metrics["calibration_error"] = MulticlassCalibrationError(classes)
-            metrics["confusion"] = MulticlassConfusionMatrix(classes)
-        return metrics
-
-    def loss(self, outputs: Tensor, batch: dict[str, Any]) -> Tensor:
-        smoothing = self.label_smoothing if self.training else 0.0
-        return F.cross_entropy(outputs.float(), batch["targets"], label_smoothing=smoothing)
-
-    def predictions(self, outputs: Tensor) -> list[dict[str, Any]]:
-        rows = outputs.float().softmax(-1).tolist()
-        return [self._prediction(dict(zip(self.labels, row, strict=True))) for row in rows]
-
-    def report(self, folder: Path) -> None:
-        confusion = self.test_scores.metrics["confusion"].compute()
-        reports.confusion_matrix(confusion.cpu().numpy(), self.labels, folder / "confusion.png")
-
-    @staticmethod
-    def _prediction(probabilities: dict[str, float]) -> dict[str, Any]:
-        label = max(probabilities, key=probabilities.__getitem__)
-        return {
-            "label": label,
-            "probability": probabilities[label],
-            "probabilities": probabilities,
-        }

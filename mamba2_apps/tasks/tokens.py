@@ -1,0 +1,204 @@
+"""Answers for each token: bases of a gene, frames of a recording.
+
+Dimensions: batch b · seqlen l (tokens) · classes k
+"""
+
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchmetrics import Metric, MetricCollection
+from torchmetrics.classification import (
+    BinaryAUROC,
+    BinaryAveragePrecision,
+    BinaryF1Score,
+    MulticlassAccuracy,
+    MulticlassConfusionMatrix,
+    MulticlassF1Score,
+    MulticlassMatthewsCorrCoef,
+)
+
+from mamba2_apps import reports
+from mamba2_apps.tasks.base import OptimizerConfig, Task
+from mamba2_apps.tasks.classification import class_weight_tensor
+
+IGNORE = -100
+"""Class index of a token that has no label, padding included."""
+
+
+class TokenClassification(Task):
+    """One of k classes for each token, by cross-entropy over the tokens that have a label.
+
+    Args:
+        model: (inputs, mask) -> logits (b, l, k).
+        labels: the k class names.
+        optimizer: how weights are updated.
+        class_weights: weight of each class in the loss, in the order of the labels; null: none.
+
+    Targets are (b, l) int64, -100 where there is no label.
+    """
+
+    class_weight: Tensor | None
+
+    def __init__(
+        self,
+        model: nn.Module,
+        labels: list[str],
+        optimizer: OptimizerConfig,
+        *,
+        class_weights: list[float] | None = None,
+    ) -> None:
+        if len(labels) < 2:
+            raise ValueError(f"the data has the labels {labels}; classification needs two or more")
+        super().__init__(model, labels, optimizer)
+        weight = class_weight_tensor(class_weights, labels)
+        self.register_buffer("class_weight", weight, persistent=False)
+
+    def build_metrics(self, part: str) -> dict[str, Metric]:
+        k = len(self.labels)
+        options: dict[str, Any] = {"ignore_index": IGNORE, "validate_args": False}
+        metrics: dict[str, Metric] = {"accuracy": MulticlassAccuracy(k, average="micro", **options)}
+        if part != "train":
+            metrics["macro_f1"] = MulticlassF1Score(k, average="macro", **options)
+            metrics["mcc"] = MulticlassMatthewsCorrCoef(k, **options)
+        if part == "test":
+            metrics["confusion"] = MulticlassConfusionMatrix(k, **options)
+        return metrics
+
+    def loss(self, outputs: Tensor, batch: dict[str, Any]) -> Tensor:
+        weight = self.class_weight if self.training else None
+        losses = F.cross_entropy(
+            outputs.float().flatten(0, 1),
+            batch["targets"].flatten(),
+            weight=weight,
+            ignore_index=IGNORE,
+            reduction="sum",
+        )
+        return losses / self.loss_weight(batch).clamp(min=1)
+
+    def loss_weight(self, batch: dict[str, Any]) -> Tensor:
+        return (batch["targets"] != IGNORE).sum()
+
+    def update_metrics(
+        self, metrics: MetricCollection, outputs: Tensor, batch: dict[str, Any]
+    ) -> None:
+        metrics.update(outputs.argmax(-1).flatten(), batch["targets"].flatten())
+
+    def predictions(self, outputs: Tensor, batch: dict[str, Any]) -> list[dict[str, Any]]:
+        """Segments of equal class: "start" and "end" in tokens, half-open, "label", "probability".
+
+        The probability is the mean over the segment.
+        """
+        mask = self.token_mask(outputs, batch)
+        return [
+            {"segments": segments_of(row[kept].float().softmax(-1), self.labels)}
+            for row, kept in zip(outputs, mask, strict=True)
+        ]
+
+    def report(self, folder: Path) -> None:
+        confusion = self.test_scores.metrics["confusion"].compute().cpu().numpy()
+        reports.confusion_matrix(confusion, self.labels, folder / "confusion.png")
+        reports.class_table(confusion, self.labels, folder / "classes.csv")
+
+
+class TokenMultiLabel(Task):
+    """Any number of k labels for each token, each by a binary cross-entropy.
+
+    Args:
+        model: (inputs, mask) -> logits (b, l, k).
+        labels: the k names.
+        optimizer: how weights are updated.
+        positive_weight: weight of a present label in the loss against an absent one.
+        threshold: probability from which a label counts as present.
+
+    Targets are (b, l, k) float, 1 present, 0 absent, NaN where there is no label.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        labels: list[str],
+        optimizer: OptimizerConfig,
+        *,
+        positive_weight: float = 1.0,
+        threshold: float = 0.5,
+    ) -> None:
+        if not 0 < threshold < 1:
+            raise ValueError(f"task.threshold is {threshold}, expected between 0 and 1")
+        self.threshold = threshold
+        super().__init__(model, labels, optimizer)
+        self.register_buffer("positive_weight", torch.tensor(positive_weight), persistent=False)
+
+    def build_metrics(self, part: str) -> dict[str, Metric]:
+        metrics: dict[str, Metric] = {"f1": BinaryF1Score(threshold=self.threshold)}
+        if part == "test":  # exact: every score is kept
+            metrics["average_precision"] = BinaryAveragePrecision()
+            metrics["auroc"] = BinaryAUROC()
+        elif part == "val":
+            metrics["average_precision"] = BinaryAveragePrecision(thresholds=1000)
+            metrics["auroc"] = BinaryAUROC(thresholds=1000)
+        return metrics
+
+    def loss(self, outputs: Tensor, batch: dict[str, Any]) -> Tensor:
+        known = ~batch["targets"].isnan()
+        losses = F.binary_cross_entropy_with_logits(
+            outputs.float(),
+            batch["targets"].nan_to_num(),
+            weight=known.float(),
+            pos_weight=self.positive_weight if self.training else None,  # type: ignore[arg-type]
+            reduction="sum",
+        )
+        return losses / known.sum().clamp(min=1)
+
+    def loss_weight(self, batch: dict[str, Any]) -> Tensor:
+        return (~batch["targets"].isnan()).sum()
+
+    def update_metrics(
+        self, metrics: MetricCollection, outputs: Tensor, batch: dict[str, Any]
+    ) -> None:
+        known = ~batch["targets"].isnan()
+        metrics.update(outputs[known].sigmoid(), (batch["targets"][known] >= 0.5).long())
+
+    def predictions(self, outputs: Tensor, batch: dict[str, Any]) -> list[dict[str, Any]]:
+        """Segments where a label is present: "start" and "end" in tokens, half-open, "label"."""
+        mask, answers = self.token_mask(outputs, batch), []
+        for row, kept in zip(outputs, mask, strict=True):
+            scores, segments = row[kept].float().sigmoid(), []
+            for column, label in enumerate(self.labels):
+                present = torch.stack([1 - scores[:, column], scores[:, column]], -1)
+                names: list[Any] = [None, label]
+                found = segments_of(present, names, threshold=self.threshold)
+                segments += [segment for segment in found if segment["label"] is not None]
+            answers.append({"segments": sorted(segments, key=lambda s: (s["start"], s["label"]))})
+        return answers
+
+
+def segments_of(
+    probabilities: Tensor, labels: list[Any], *, threshold: float | None = None
+) -> list[dict[str, Any]]:
+    """Runs of tokens of one class.
+
+    Args:
+        probabilities: (l, k).
+        labels: the k names.
+        threshold: of two classes, the probability from which the second is taken; None: the
+            likeliest class.
+
+    Returns:
+        Dicts of "start", "end" (tokens, half-open), "label" and its mean "probability".
+    """
+    if threshold is None:
+        classes = probabilities.argmax(-1)
+    else:
+        classes = (probabilities[:, 1] >= threshold).long()
+    chosen = probabilities.gather(1, classes[:, None])[:, 0].tolist()
+    segments, start = [], 0
+    for index, run in groupby(classes.tolist()):
+        end = start + len(list(run))
+        mean = sum(chosen[start:end]) / (end - start)
+        segments.append({"start": start, "end": end, "label": labels[index], "probability": mean})
+        start = end
+    return segments
