@@ -15,14 +15,17 @@ from pathlib import Path
 from typing import Any, TextIO
 
 PROG = "mamba2-apps"
+PREDICT_OPTIONS = ("--output", "--format", "--stream", "--batch-size", "--device", "--help")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; return its exit code."""
     words = sys.argv[1:] if argv is None else argv
     parser = _parser()
+    if words[:1] == ["predict"]:
+        words = _with_joined_values(words)
     arguments, rest = parser.parse_known_args(words)
-    if rest and arguments.command != "train":
+    if rest and arguments.command not in ("train", "predict"):
         parser.error(f"unknown argument {rest[0]!r}; see {PROG} {arguments.command} --help")
     arguments.overrides = rest
     try:
@@ -38,6 +41,22 @@ def main(argv: list[str] | None = None) -> int:
         if os.environ.get("MAMBA2_APPS_DEBUG", "0") == "1":
             raise
         return _fail(error)
+
+
+def _with_joined_values(words: list[str]) -> list[str]:
+    """Words of `predict` with the options of a domain as --key=value.
+
+    argparse does not know that they take a value, and would take the value for an input.
+    """
+    joined: list[str] = []
+    for word in words:
+        before = joined[-1] if joined else ""
+        is_value = before.startswith("--") and "=" not in before and before not in PREDICT_OPTIONS
+        if is_value and not word.startswith("--"):
+            joined[-1] = f"{before}={word}"
+        else:
+            joined.append(word)
+    return joined
 
 
 def _fail(error: Exception) -> int:
@@ -87,14 +106,24 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = command("evaluate", _evaluate, "test a run on its recipe's test data")
     evaluate.add_argument("run", type=Path, metavar="RUN")
 
-    predict = command("predict", _predict, "predict files or folders with a run")
+    predict = command(
+        "predict",
+        _predict,
+        "predict files or folders with a run; a run may take options of its domain, as --key value",
+        allow_abbrev=False,
+    )
     predict.add_argument("run", type=Path, metavar="RUN")
-    predict.add_argument("inputs", nargs="+", metavar="INPUT", help="files or folders of them")
+    predict.add_argument(
+        "inputs", nargs="+", metavar="INPUT", help="files or folders of them; - is standard input"
+    )
     predict.add_argument("--output", type=Path, help="file to write (default: standard output)")
     predict.add_argument(
         "--format",
-        choices=("csv", "jsonl"),
-        help="default: jsonl for an --output that ends so, else csv",
+        help="csv or jsonl (default: jsonl for an --output that ends so, else csv); "
+        "with --stream that of the input, and answers are jsonl",
+    )
+    predict.add_argument(
+        "--stream", action="store_true", help="answer while the input is being read"
     )
     predict.add_argument("--batch-size", type=int, default=64)
     predict.add_argument(
@@ -179,6 +208,28 @@ def _predict(arguments: argparse.Namespace) -> int:
     if arguments.batch_size < 1:
         raise ValueError(f"--batch-size is {arguments.batch_size}, expected at least 1")
     model = predictor.load(arguments.run, arguments.device)
+    answerer = model.preprocessing.answerer(
+        arguments.inputs, output=arguments.output, stream=arguments.stream
+    )
+    if answerer is None:
+        return _predict_batches(model, arguments)
+    words = list(arguments.overrides)
+    if arguments.stream and arguments.format is not None:
+        words.append(f"--format={arguments.format}")
+    answers = answerer(model.task, **_options_of(answerer, words))
+    if arguments.output is not None and arguments.output.suffix in model.preprocessing.suffixes:
+        for _ in answers:
+            pass  # the answerer writes the file itself
+        return 0
+    layout = "jsonl" if arguments.stream else _layout(arguments)
+    with _output(arguments.output) as file:
+        _write_answers(answers, file, layout)
+    return 0
+
+
+def _predict_batches(model: Any, arguments: argparse.Namespace) -> int:
+    if arguments.overrides:
+        raise ValueError(f"unknown argument {arguments.overrides[0]!r}; see {PROG} predict --help")
     items = model.find(arguments.inputs)
     unreadable = 0
 
@@ -187,9 +238,8 @@ def _predict(arguments: argparse.Namespace) -> int:
         unreadable += 1
         print(f"{PROG}: {error}", file=sys.stderr)
 
-    answers = model.stream(items, batch_size=arguments.batch_size, on_error=report)
-    suffix = arguments.output.suffix if arguments.output else ""
-    layout = arguments.format or ("jsonl" if suffix in (".jsonl", ".json") else "csv")
+    answers = model.iterate(items, batch_size=arguments.batch_size, on_error=report)
+    layout = _layout(arguments)
     with _output(arguments.output) as file:
         _write_answers(answers, file, layout)
     if unreadable:
@@ -197,11 +247,52 @@ def _predict(arguments: argparse.Namespace) -> int:
     return 1 if unreadable == len(items) else 0
 
 
+def _options_of(function: Callable[..., Any], words: list[str]) -> dict[str, Any]:
+    """`--key=value` words as the keyword arguments of a function, typed by its signature.
+
+    Raises ValueError that lists the options for an unknown key, or names a value of a wrong type.
+    """
+    from inspect import signature
+    from typing import get_type_hints
+
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    hints, parameters = get_type_hints(function), dict(signature(function).parameters)
+    parameters.pop(next(iter(parameters)))  # the task
+    parser = ArgumentParser(prog=f"{PROG} predict", exit_on_error=False)
+    for key, parameter in parameters.items():
+        required = parameter.default is parameter.empty
+        rest: dict[str, Any] = {"required": True} if required else {"default": parameter.default}
+        parser.add_argument(f"--{key}", type=hints[key], **rest)
+    for word in words:
+        key = word.removeprefix("--").partition("=")[0].replace("-", "_")
+        if key not in parameters or not word.startswith("--"):
+            options = ", ".join(f"--{key.replace('_', '-')}" for key in parameters) or "none"
+            raise ValueError(
+                f"unknown argument {word!r}; this prediction takes the options {options}"
+            )
+    try:
+        found = parser.parse_args(
+            [f"--{w[2:].partition('=')[0].replace('-', '_')}={w.partition('=')[2]}" for w in words]
+        )
+    except ArgumentError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+    return found.as_dict()
+
+
+def _layout(arguments: argparse.Namespace) -> str:
+    if arguments.format not in (None, "csv", "jsonl"):
+        raise ValueError(f"--format is {arguments.format!r}, expected csv or jsonl")
+    suffix = arguments.output.suffix if arguments.output else ""
+    return arguments.format or ("jsonl" if suffix in (".jsonl", ".json") else "csv")
+
+
 def _write_answers(answers: Iterable[dict[str, Any]], file: TextIO, layout: str) -> None:
     """JSON lines, or CSV whose columns spell nested names with a dot; a line per answer."""
     if layout == "jsonl":
         for answer in answers:
             file.write(json.dumps(answer) + "\n")
+            file.flush()  # a stream's reader waits for each line
         return
     writer = None
     for answer in answers:

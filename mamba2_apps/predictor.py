@@ -54,9 +54,9 @@ class Predictor:
         on_error: Callable[[UnreadableInput], None] | None = None,
     ) -> list[dict[str, Any]]:
         """One dict per input, in order: "input" (its path or position) and the task's answer."""
-        return list(self.stream(inputs, batch_size=batch_size, on_error=on_error))
+        return list(self.iterate(inputs, batch_size=batch_size, on_error=on_error))
 
-    def stream(
+    def iterate(
         self,
         inputs: Any,
         *,

@@ -21,6 +21,7 @@ import mamba2_apps
 from mamba2_apps import catalog, cli, runs
 from mamba2_apps.data import UnreadableInput
 from mamba2_apps.training import BEST, LAST
+from mamba2_apps.vision.data import ImagePreprocessing
 
 SMALL = [
     "--model.backbone.d_model=32",
@@ -232,7 +233,7 @@ def test_a_damaged_checkpoint_is_named(capsys, run, name):
         (["train", "--resume", "absent", "--seed=1"], "takes no other argument"),
         (["evaluate", "absent"], "absent is not a RUN directory"),
         (["predict", "absent", "x.png"], "absent is not a RUN directory"),
-        (["predict", "absent", "x.png", "--topk"], "unknown argument '--topk'"),
+        (["evaluate", "absent", "--topk"], "unknown argument '--topk'"),
     ],
 )
 def test_mistakes_get_one_sentence_and_exit_code_2(capsys, words, sentence):
@@ -323,3 +324,60 @@ def test_new_runs_get_new_names(tmp_path, monkeypatch):
     Path("runs/vision-digits-1").mkdir(parents=True)
     assert cli._new_run("vision/digits") == Path("runs/vision-digits-2")
     assert cli._new_run("../mine/small.yaml") == Path("runs/small-1")
+
+
+def answer_in_its_own_way(
+    task, *, rate: int, scale: float = 1.0, format: str = "s16le", long_name: str | None = None
+):
+    yield {"label": task.labels[0], "rate": rate, "scale": scale, "format": format}
+    yield {"label": long_name, "rate": rate, "scale": scale, "format": format}
+
+
+@pytest.fixture
+def own_way(monkeypatch):
+    monkeypatch.setattr(
+        ImagePreprocessing,
+        "answerer",
+        lambda self, sources, *, output, stream: answer_in_its_own_way,
+    )
+
+
+def test_a_domain_answers_in_its_own_way_with_its_own_options(capsys, trained, own_way):
+    code, out, _ = call(
+        capsys, "predict", trained, "--rate", "8000", "-", "--stream", "--format=f32le",
+        "--long-name", "x",
+    )  # fmt: skip
+    assert code == 0
+    assert [json.loads(line) for line in out.splitlines()] == [
+        {"label": "0", "rate": 8000, "scale": 1.0, "format": "f32le"},
+        {"label": "x", "rate": 8000, "scale": 1.0, "format": "f32le"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--rat=8000"], r"'--rat=8000'; this prediction takes the options --rate, --scale"),
+        (["--rate=fast"], r"rate.*fast"),
+        ([], r"rate"),
+    ],
+)
+def test_a_wrong_option_of_a_domain_is_named(capsys, trained, own_way, words, sentence):
+    code, _, err = call(capsys, "predict", trained, "-", *words)
+    assert code == 2
+    assert re.search(sentence, err)
+    assert len(err.splitlines()) == 1
+
+
+def test_what_a_domain_does_not_do_is_named(capsys, trained, images):
+    code, _, err = call(capsys, "predict", trained, images, "--stream")
+    assert (code, err) == (
+        2,
+        "mamba2-apps: ImagePreprocessing reads no streams; leave out --stream\n",
+    )
+    code, _, err = call(capsys, "predict", trained, images, "--genome", "hg38.fa")
+    assert code == 2
+    assert "unknown argument '--genome=hg38.fa'" in err
+    code, _, err = call(capsys, "predict", trained, images, "--format=xml")
+    assert code == 2
+    assert "expected csv or jsonl" in err
