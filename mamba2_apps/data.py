@@ -193,11 +193,12 @@ class DataModule(LightningDataModule, ABC):
         """Test metrics of simple models on the same split, by name: what to beat."""
         return {}
 
-    def train_dataloader(self) -> DataLoader[Sample]:
+    def epoch_sampler(self) -> EpochSampler:
+        """This rank's order of the training samples, from the place where a resumed run is."""
         rank, world_size = (
             (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         )
-        sampler = EpochSampler(
+        return EpochSampler(
             len(self.train_set),  # type: ignore[arg-type]
             seed=self.seed,
             epoch=self._epoch,
@@ -206,6 +207,9 @@ class DataModule(LightningDataModule, ABC):
             world_size=world_size,
             weights=self._balancing_weights() if self.balanced else None,
         )
+
+    def train_dataloader(self) -> DataLoader[Sample]:
+        sampler = self.epoch_sampler()
         dataset = AugmentedDataset(self.train_set, self.augment, self.seed)
         # A last, smaller batch would weigh its samples more; it is kept only where it is the first.
         return self._loader(dataset, sampler=sampler, drop_last=len(sampler) >= self.batch_size)

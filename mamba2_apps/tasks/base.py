@@ -17,7 +17,7 @@ from lightning import LightningModule
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, Metric, MetricCollection
+from torchmetrics import Metric, MetricCollection, SumMetric
 
 from mamba2_apps.adaptation import parameter_groups
 from mamba2_apps.backbone import Backbone, BackboneConfig
@@ -125,18 +125,27 @@ class Scores(nn.Module):
     def __init__(self, part: str, metrics: dict[str, Metric]) -> None:
         super().__init__()
         self.part = part
-        self.loss = MeanMetric()
+        # Any other strategy looks at each value, and a look waits for the device.
+        self.loss = SumMetric(nan_strategy="disable")
+        self.weight = SumMetric(nan_strategy="disable")
         self.metrics = MetricCollection(dict(metrics))
-        self.loss.persistent(True)
-        self.metrics.persistent(True)
+        for part_of_it in (self.loss, self.weight, self.metrics):
+            part_of_it.persistent(True)
 
     def reset(self) -> None:
         self.loss.reset()
+        self.weight.reset()
         self.metrics.reset()
+
+    def add_loss(self, loss: Tensor, weight: int | Tensor) -> None:
+        """Count a batch's mean loss, a scalar, with its weight."""
+        self.loss.update(loss * weight)
+        self.weight.update(weight)
 
     def compute(self) -> dict[str, Tensor]:
         """Scalars by name, such as "val/accuracy"."""
-        values = {"loss": self.loss.compute(), **self.metrics.compute()}
+        loss = self.loss.compute() / self.weight.compute()
+        values = {"loss": loss, **self.metrics.compute()}
         return {f"{self.part}/{name}": v for name, v in values.items() if v.dim() == 0}
 
 
@@ -205,7 +214,7 @@ class Task(LightningModule, ABC):
     def score(self, scores: Scores, outputs: Tensor, batch: dict[str, Any]) -> Tensor:
         """Mean loss of a batch, a scalar, counted in `scores` with the metrics."""
         loss = self.loss(outputs, batch)
-        scores.loss.update(loss.detach(), weight=self.loss_weight(batch))
+        scores.add_loss(loss.detach(), self.loss_weight(batch))
         self.update_metrics(scores.metrics, outputs.detach(), batch)
         return loss
 
