@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from lightning import LightningDataModule
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 Sample = dict[str, Any]
@@ -185,6 +185,12 @@ class DataModule(LightningDataModule, ABC):
             f"{type(self).__name__} has no one class per sample to balance; leave data.balanced "
             "and task.class_weights out"
         )
+
+    def prepare_model(self, model: nn.Module) -> None:
+        """Give a new model what it takes from the training data, such as feature statistics.
+
+        Weights that training starts from, and those of a checkpoint, are loaded afterwards.
+        """
 
     def report(self, task: Any, folder: Path) -> None:
         """Draw what people of this domain look at after the last test into a RUN."""

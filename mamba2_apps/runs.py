@@ -114,6 +114,7 @@ def _train(recipe: Recipe, run: Path) -> dict[str, Any]:
     data.setup("fit")
     seed_everything(recipe.seed, verbose=False)
     model = recipe.model(len(data.labels))
+    data.prepare_model(model)
     adapt(model, recipe.adaptation, start=not (run / LAST).exists())
     task = recipe.task(model, data.labels, recipe.optimizer)
     write_json(run / LABELS, data.labels)
