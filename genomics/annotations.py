@@ -1,0 +1,276 @@
+"""Annotation files as features: BED, narrowPeak, GFF3, GTF, GenBank; and BED written back.
+
+BED and narrowPeak count from 0 and exclude the end; GFF3, GTF and GenBank count from 1 and include
+it. All of them become `Feature`, 0-based half-open.
+"""
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from os import PathLike, fspath
+from typing import IO, Any
+from urllib.parse import unquote
+
+from Bio import BiopythonParserWarning, SeqIO
+
+from mamba2_apps.data import UnreadableInput
+from mamba2_apps.genomics.fasta import Record
+from mamba2_apps.genomics.intervals import Feature, check_bounds, reconcile_contigs
+from mamba2_apps.genomics.sequences import check_sequence
+from mamba2_apps.genomics.text_files import number, open_text, read_fields, truncated
+
+BED_SUFFIXES = (".bed", ".bed.gz", ".bed12", ".bed12.gz")
+GFF_SUFFIXES = (".gff", ".gff3", ".gtf", ".gff.gz", ".gff3.gz", ".gtf.gz")
+GENBANK_SUFFIXES = (".gb", ".gbk", ".gbff", ".genbank", ".gb.gz", ".gbk.gz", ".gbff.gz")
+
+
+def read_features(
+    path: str | PathLike[str], lengths: Mapping[str, int] | None = None
+) -> list[Feature]:
+    """Features of an annotation file, in file order; the format follows from its name.
+
+    Args:
+        path: BED, narrowPeak, GFF3, GTF or GenBank, plain or compressed.
+        lengths: contig lengths of the genome (a `Genome` is such). Contigs are then reconciled with
+            it, and a feature beyond a contig's end raises ValueError.
+
+    Raises UnreadableInput for a file that is none of these, or a line of it that is wrong.
+    """
+    name = fspath(path).lower()
+    if name.endswith(BED_SUFFIXES):
+        features = list(read_bed(path))
+    elif name.removesuffix(".gz").endswith(".narrowpeak"):
+        features = list(read_narrow_peak(path))
+    elif name.endswith(GFF_SUFFIXES):
+        features = list(read_gff(path))
+    elif name.endswith(GENBANK_SUFFIXES):
+        features = [feature for _, found in read_genbank(path) for feature in found]
+    else:
+        raise UnreadableInput(
+            f"{fspath(path)} is no annotation file; expected .bed, .narrowPeak, .gff3, .gtf or "
+            ".gbk, which may end in .gz"
+        )
+    if not features:
+        raise UnreadableInput(f"{fspath(path)} holds no feature")
+    if lengths is not None:
+        features = on_genome(features, lengths, fspath(path))
+    return features
+
+
+def on_genome(features: list[Feature], lengths: Mapping[str, int], what: str) -> list[Feature]:
+    """Features with the genome's contig names, within its ends; ValueError where that fails."""
+    first = {feature.contig: feature.where for feature in reversed(features)}
+    names: dict[str, str] = {}
+    for contig, where in first.items():
+        names |= reconcile_contigs([contig], lengths, what, where)
+    renamed = [
+        f if names[f.contig] == f.contig else replace(f, contig=names[f.contig]) for f in features
+    ]
+    check_bounds(renamed, lengths)
+    return renamed
+
+
+def read_bed(path: str | PathLike[str]) -> Iterator[Feature]:
+    """Features of a BED file of 3 to 12 columns; blocks where it has 12."""
+    for where, fields in read_fields(path, 3, "BED"):
+        start, end = _span(fields[1], fields[2], where)
+        yield _feature(
+            contig=fields[0],
+            start=start,
+            end=end,
+            name=_given(fields, 3),
+            score=_score(fields, 4, where),
+            strand=_given(fields, 5) or ".",
+            blocks=_bed_blocks(fields, start, end, where),
+            where=where,
+        )
+
+
+def read_narrow_peak(path: str | PathLike[str]) -> Iterator[Feature]:
+    """Peaks of ENCODE's narrowPeak; "summit" among the attributes counts from 0 on the contig."""
+    for where, fields in read_fields(path, 10, "narrowPeak"):
+        start, end = _span(fields[1], fields[2], where)
+        names = ("signal", "p_value", "q_value")
+        attributes = dict(zip(names, fields[6:9], strict=True))
+        offset = number(fields[9], int, "peak", where)
+        if offset >= 0:
+            if start + offset >= end:
+                raise UnreadableInput(f"{where}: peak {offset} is beyond the end of its region")
+            attributes["summit"] = str(start + offset)
+        yield _feature(
+            contig=fields[0],
+            start=start,
+            end=end,
+            name=_given(fields, 3),
+            kind="peak",
+            score=_score(fields, 4, where),
+            strand=_given(fields, 5) or ".",
+            attributes=attributes,
+            where=where,
+        )
+
+
+def read_gff(path: str | PathLike[str]) -> Iterator[Feature]:
+    """Lines of a GFF3 or GTF file as features of one block each; ends at an embedded ##FASTA."""
+    for where, fields in read_fields(path, 9, "GFF3 or GTF"):
+        first = number(fields[3], int, "start", where)
+        last = number(fields[4], int, "end", where)
+        if first < 1:
+            raise UnreadableInput(f"{where}: start is {first}; GFF and GTF count from 1")
+        attributes = _gff_attributes(fields[8], where)
+        if fields[7] not in (".", ""):
+            attributes["phase"] = fields[7]
+        names = ("Name", "ID", "gene", "gene_id")
+        yield _feature(
+            contig=unquote(fields[0]),
+            start=first - 1,
+            end=last,
+            strand="." if fields[6] == "?" else fields[6],
+            kind=fields[2],
+            name=next((attributes[key] for key in names if key in attributes), ""),
+            score=None if fields[5] == "." else number(fields[5], float, "score", where),
+            attributes=attributes,
+            where=where,
+        )
+
+
+def read_genbank(path: str | PathLike[str]) -> Iterator[tuple[Record, list[Feature]]]:
+    """Each record of a GenBank file with its features, through Biopython.
+
+    A feature that runs over the origin of a circular genome has a block on either side of it.
+    Raises UnreadableInput for a record without features besides its source, or without sequence.
+    """
+    records = 0
+    try:
+        with open_text(path) as text, warnings.catch_warnings():
+            warnings.simplefilter("ignore", BiopythonParserWarning)  # older dialects of the header
+            for records, entry in enumerate(SeqIO.parse(text, "genbank"), 1):  # noqa: B007
+                where = f"{fspath(path)}: record {entry.id}"
+                contig = entry.name
+                if entry.seq is None or not entry.seq.defined or not len(entry.seq):
+                    raise UnreadableInput(
+                        f"{where} has no sequence (ORIGIN); fetch the full record"
+                    )
+                sequence = check_sequence(str(entry.seq), where)
+                features = [
+                    _from_biopython(f, contig, f"{where}, {f.type} at {f.location}")
+                    for f in entry.features
+                    if f.type != "source" and f.location is not None
+                ]
+                if not features:
+                    raise UnreadableInput(
+                        f"{where} has no features besides its source; expected CDS and the like"
+                    )
+                yield Record(contig, sequence, entry.description), features
+    except UnreadableInput:
+        raise
+    except EOFError as error:
+        raise truncated(path, 0) from error
+    except ValueError as error:
+        raise UnreadableInput(f"{fspath(path)}: after record {records}: {error}") from error
+    if not records:
+        raise UnreadableInput(f"{fspath(path)} holds no GenBank record; expected a line LOCUS")
+
+
+def joined(features: Iterable[Feature], kind: str = "CDS") -> list[Feature]:
+    """Lines of GFF3 or GTF of one kind, joined by their Parent or transcript_id into features.
+
+    What has no such attribute, or has blocks already, stays as it is.
+    """
+    groups: dict[Any, list[Feature]] = {}
+    for index, feature in enumerate(features):
+        if feature.kind != kind:
+            continue
+        keys = ("Parent", "transcript_id")
+        parent = next((feature.attributes[k] for k in keys if k in feature.attributes), None)
+        groups.setdefault((feature.contig, parent) if parent else index, []).append(feature)
+    whole = []
+    for parts in groups.values():
+        blocks = sorted(block for part in parts for block in part.blocks)
+        start, end = blocks[0][0], max(block[1] for block in blocks)
+        whole.append(replace(parts[0], start=start, end=end, blocks=tuple(blocks)))
+    return whole
+
+
+def write_bed(features: Iterable[Feature], file: IO[str]) -> None:
+    """Write features as BED: 6 columns, or 12 where a feature has several blocks."""
+    for f in features:
+        score = "0" if f.score is None else f"{f.score:g}"
+        fields = [f.contig, f.start, f.end, f.name or ".", score, f.strand]
+        if len(f.blocks) > 1:
+            sizes = ",".join(str(b - a) for a, b in f.blocks)
+            starts = ",".join(str(a - f.start) for a, _ in f.blocks)
+            fields += [f.start, f.end, 0, len(f.blocks), sizes, starts]
+        file.write("\t".join(map(str, fields)) + "\n")
+
+
+def _feature(**values: Any) -> Feature:
+    try:
+        return Feature(**values)
+    except ValueError as error:
+        raise UnreadableInput(str(error)) from error
+
+
+def _span(start: str, end: str, where: str) -> tuple[int, int]:
+    return number(start, int, "start", where), number(end, int, "end", where)
+
+
+def _given(fields: list[str], index: int) -> str:
+    """A column, or nothing where it is missing or a lone dot."""
+    value = fields[index] if index < len(fields) else ""
+    return "" if value == "." else value
+
+
+def _score(fields: list[str], index: int, where: str) -> float | None:
+    text = _given(fields, index)
+    return number(text, float, "score", where) if text else None
+
+
+def _bed_blocks(fields: list[str], start: int, end: int, where: str) -> tuple[tuple[int, int], ...]:
+    if len(fields) < 12:
+        return ()
+    count = number(fields[9], int, "blockCount", where)
+    sizes, offsets = (
+        [number(text, int, name, where) for text in fields[index].rstrip(",").split(",")]
+        for index, name in ((10, "blockSizes"), (11, "blockStarts"))
+    )
+    if not len(sizes) == len(offsets) == count:
+        raise UnreadableInput(
+            f"{where}: blockCount is {count}, but there are {len(sizes)} sizes and {len(offsets)} "
+            "starts"
+        )
+    pairs = zip(offsets, sizes, strict=True)
+    return tuple((start + offset, start + offset + size) for offset, size in pairs)
+
+
+def _gff_attributes(text: str, where: str) -> dict[str, str]:
+    """`key=value;…` of GFF3, or `key "value"; …` of GTF."""
+    attributes = {}
+    for part in text.strip().strip(";").split(";"):
+        part = part.strip()
+        if part in ("", "."):
+            continue
+        separator = "=" if "=" in part.partition(" ")[0] else " "
+        key, found, value = part.partition(separator)
+        if not found:
+            raise UnreadableInput(f"{where}: the attribute {part!r} has no value")
+        attributes[key] = unquote(value.strip().strip('"'))
+    return attributes
+
+
+def _from_biopython(feature: Any, contig: str, where: str) -> Feature:
+    location = feature.location
+    blocks = tuple(sorted((int(part.start), int(part.end)) for part in location.parts))
+    qualifiers = {key: values[0] for key, values in feature.qualifiers.items() if values}
+    names = ("gene", "locus_tag", "label", "product")
+    return _feature(
+        contig=contig,
+        start=blocks[0][0],
+        end=max(end for _, end in blocks),
+        strand={1: "+", -1: "-"}.get(location.strand, "."),
+        name=next((qualifiers[key] for key in names if key in qualifiers), ""),
+        kind=feature.type,
+        blocks=blocks,
+        attributes=qualifiers,
+        where=where,
+    )

@@ -1,0 +1,88 @@
+"""Lines of a text file, plain or compressed, with their numbers, and errors that name the file."""
+
+import gzip
+import io
+import zlib
+from collections.abc import Callable, Iterator
+from os import PathLike, fspath
+from pathlib import Path
+from typing import IO, Any, TextIO, TypeVar
+
+from mamba2_apps.data import UnreadableInput
+
+GZIP_MAGIC = b"\x1f\x8b"
+Number = TypeVar("Number", int, float)
+
+
+def open_binary(path: str | PathLike[str]) -> IO[bytes]:
+    """A file's bytes, decompressed where it is gzip or bgzip, whatever it is called.
+
+    Raises UnreadableInput where there is no such file.
+    """
+    if not Path(path).is_file():
+        raise UnreadableInput(f"{fspath(path)} does not exist or is no file")
+    opened: Any = gzip.open(path) if is_compressed(path) else open(path, "rb")  # noqa: SIM115
+    return opened
+
+
+def open_text(path: str | PathLike[str]) -> TextIO:
+    """A file's text, decompressed, for Biopython's parsers; any line end is a line end."""
+    return io.TextIOWrapper(open_binary(path), encoding="utf-8", errors="replace")  # type: ignore[arg-type]
+
+
+def is_compressed(path: str | PathLike[str]) -> bool:
+    """Whether a file begins as gzip does."""
+    with open(path, "rb") as file:
+        return file.read(2) == GZIP_MAGIC
+
+
+def read_lines(path: str | PathLike[str]) -> Iterator[tuple[int, str]]:
+    """Number, from 1, and text of each line, without its end; Windows line ends are line ends.
+
+    Raises UnreadableInput for a missing or truncated file, or bytes that are no text.
+    """
+    number = 0
+    try:
+        with open_binary(path) as file:
+            for number, line in enumerate(file, 1):
+                yield number, line.rstrip(b"\r\n").decode("utf-8")
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise truncated(path, number) from error
+    except UnicodeDecodeError as error:
+        raise UnreadableInput(f"{fspath(path)}:{number}: bytes that are no UTF-8 text") from error
+
+
+def truncated(path: str | PathLike[str], line: int) -> UnreadableInput:
+    """The error for a compressed file that ends too early or is damaged."""
+    return UnreadableInput(
+        f"{fspath(path)}: the compressed file is truncated or damaged after line {line}; fetch it "
+        "again"
+    )
+
+
+def read_fields(
+    path: str | PathLike[str], least: int, what: str
+) -> Iterator[tuple[str, list[str]]]:
+    """Place (`file:line`) and tab-separated fields of each line that is no comment or empty.
+
+    Raises UnreadableInput, naming the line, where it has fewer than `least` fields.
+    """
+    for number, line in read_lines(path):
+        if not line.strip() or line.startswith(("#", "track", "browser")):
+            continue
+        where, fields = f"{fspath(path)}:{number}", line.split("\t")
+        if len(fields) < least:
+            raise UnreadableInput(
+                f"{where}: {len(fields)} tab-separated fields, expected at least {least} as {what} "
+                "has"
+            )
+        yield where, fields
+
+
+def number(text: str, convert: Callable[[str], Number], name: str, where: str) -> Number:
+    """A field as a number. Raises UnreadableInput that names the field."""
+    try:
+        return convert(text)
+    except ValueError:
+        kind = "an integer" if convert is int else "a number"
+        raise UnreadableInput(f"{where}: {name} is {text!r}, expected {kind}") from None

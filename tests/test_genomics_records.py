@@ -1,0 +1,352 @@
+"""Readers and writers of genomics: coordinates, strands, round trips, and what is refused."""
+
+import gzip
+import pickle
+
+import numpy as np
+import pytest
+from Bio import SeqIO, bgzf
+from Bio.Seq import Seq
+from Bio.SeqFeature import CompoundLocation, SeqFeature, SimpleLocation
+from Bio.SeqRecord import SeqRecord
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mamba2_apps.data import UnreadableInput
+from mamba2_apps.genomics.annotations import (
+    joined,
+    read_bed,
+    read_features,
+    read_genbank,
+    write_bed,
+)
+from mamba2_apps.genomics.fasta import Genome, is_bgzip, read_fasta, read_fastq
+from mamba2_apps.genomics.intervals import Feature, parse_region, place
+from mamba2_apps.genomics.sequences import IUPAC, reverse_complement
+from mamba2_apps.genomics.tracks import TrackWriter, read_track
+from mamba2_apps.genomics.variants import VariantFile, write_vcf_header, write_vcf_line
+
+SEQUENCES = {
+    "one": "ACGTNacgtnRYKM" * 9 + "AC",
+    "two": "GGGCCCaaattt" * 5,
+    "three": "T",
+}
+
+
+def fasta_text(end="\n", width=10):
+    lines = []
+    for name, sequence in SEQUENCES.items():
+        lines.append(f">{name} a note")
+        lines += [sequence[i : i + width] for i in range(0, len(sequence), width)]
+    return end.join(lines) + end
+
+
+def write(path, text):
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return path
+
+
+@pytest.fixture
+def genome(tmp_path):
+    return Genome(write(tmp_path / "genome.fa", fasta_text()))
+
+
+@pytest.mark.parametrize("kind", ["plain", "windows", "gz", "bgz", "no last newline"])
+def test_a_genome_is_read_anywhere(tmp_path, kind):
+    path = tmp_path / "g.fa"
+    data = fasta_text("\r\n" if kind == "windows" else "\n").encode()
+    if kind == "gz":
+        write(path, gzip.compress(data))
+    elif kind == "bgz":
+        with bgzf.BgzfWriter(str(path)) as file:
+            for start in range(0, len(data), 50):  # many blocks
+                file.write(data[start : start + 50])
+                file.flush()
+        assert is_bgzip(path)
+    else:
+        write(path, data.rstrip() if kind == "no last newline" else data)
+    genome = pickle.loads(pickle.dumps(Genome(path)))
+    assert dict(genome) == {name: len(s) for name, s in SEQUENCES.items()}
+    for name, sequence in SEQUENCES.items():
+        assert genome.fetch(name) == sequence
+        for start in range(len(sequence)):
+            assert genome.fetch(name, start, start + 1) == sequence[start]
+            end = min(start + 23, len(sequence))
+            assert genome.fetch(name, start, end) == sequence[start:end]
+    records = list(read_fasta(path))
+    assert {r.name: r.sequence for r in records} == SEQUENCES
+    assert records[0].description == "a note"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (">a\nACGT\nMKVLE\n", r"g.fa:3: a:.*'L' is no IUPAC code.*protein"),
+        (">a\nACGU\n", "'U' is no IUPAC code.*RNA"),
+        (">a\nAC\n>b\nAC\n>a\nGG\n", "g.fa:5: the name 'a' was already used at line 1"),
+        (">a\nAC\n>b\n>c\nAC\n", "g.fa:3: the record 'b' is empty"),
+        (">a\nAC\n>b\n", "g.fa:3: the record 'b' is empty"),
+        ("ACGT\n", "g.fa:1: no FASTA"),
+        ("", "holds no FASTA record"),
+        (">\nAC\n", "g.fa:1: a record without a name"),
+    ],
+)
+def test_a_wrong_fasta_is_named_by_line(tmp_path, text, words):
+    path = write(tmp_path / "g.fa", text)
+    with pytest.raises(ValueError, match=words.replace("a:.*", ".*")):
+        list(read_fasta(path))
+    with pytest.raises(UnreadableInput, match=words):
+        Genome(path)
+
+
+def test_other_files_that_are_no_genome(tmp_path):
+    ragged = write(tmp_path / "r.fa", ">a\nACGT\nAC\nACGT\n")
+    with pytest.raises(UnreadableInput, match=r"r\.fa:3: the lines of 'a' have different lengths"):
+        Genome(ragged)
+    assert next(read_fasta(ragged)).sequence == "ACGTACACGT"
+    data = gzip.compress((">a\n" + "ACGT" * 20000).encode())
+    cut = write(tmp_path / "cut.fa.gz", data[: len(data) // 2])
+    for read in (Genome, lambda path: list(read_fasta(path))):
+        with pytest.raises(UnreadableInput, match=r"cut\.fa\.gz: the compressed file is truncated"):
+            read(cut)
+    with pytest.raises(UnreadableInput, match="does not exist"):
+        Genome(tmp_path / "none.fa")
+
+
+def test_a_place_outside_is_named(genome):
+    with pytest.raises(ValueError, match="no contig 'tow'; it has two"):
+        genome.fetch("tow")
+    with pytest.raises(ValueError, match="two:61-70 is not within two, which has 60 bases"):
+        genome.fetch("two", 60, 70)
+
+
+def test_reads_keep_their_quality(tmp_path):
+    path = write(tmp_path / "r.fastq", "@a x\nACGT\n+\n!I5?\n@b\nGG\n+\nII\n")
+    first, second = read_fastq(path)
+    assert (first.name, first.sequence, first.description) == ("a", "ACGT", "x")
+    assert first.quality.tolist() == [0, 40, 20, 30]
+    assert second.name == "b"
+    write(path, "@a\nACGT\n+\nIII\n")
+    with pytest.raises(UnreadableInput, match=r"r\.fastq: after read 0"):
+        list(read_fastq(path))
+    write(path, "@a\nACGE\n+\nIIII\n")
+    with pytest.raises(ValueError, match=r"read 1 \(a\): position 4: 'E'"):
+        list(read_fastq(path))
+
+
+def test_formats_agree_on_one_place(tmp_path, genome):
+    """One minus-strand gene of two blocks, two:11-20 and two:31-50 counted from 1."""
+    bed = write(
+        tmp_path / "g.bed",
+        "track name=x\ntwo\t10\t50\tg\t7\t-\t10\t50\t0\t2\t10,20,\t0,20,\n",
+    )
+    gff = write(
+        tmp_path / "g.gff3",
+        "##gff-version 3\n"
+        "two\tx\tCDS\t31\t50\t7\t-\t0\tID=c;Parent=t%2C1;Name=g\n"
+        "two\tx\tCDS\t11\t20\t7\t-\t0\tID=c;Parent=t%2C1;Name=g\n",
+    )
+    gtf = write(
+        tmp_path / "g.gtf",
+        'two\tx\tCDS\t31\t50\t7\t-\t0\tgene_id "g"; transcript_id "t";\n'
+        'two\tx\tCDS\t11\t20\t7\t-\t0\tgene_id "g"; transcript_id "t";\n',
+    )
+    record = SeqRecord(Seq(SEQUENCES["two"].upper()), id="two", name="two")
+    record.annotations["molecule_type"] = "DNA"
+    parts = [SimpleLocation(30, 50, -1), SimpleLocation(10, 20, -1)]
+    record.features = [SeqFeature(CompoundLocation(parts), "CDS", qualifiers={"gene": ["g"]})]
+    SeqIO.write(record, tmp_path / "g.gbk", "genbank")
+    found = [
+        read_features(bed, genome),
+        joined(read_features(gff, genome)),
+        joined(read_features(gtf, genome)),
+        joined(read_features(tmp_path / "g.gbk", genome)),
+    ]
+    for (feature,) in found:
+        assert feature.contig == "two"
+        assert (feature.start, feature.end, feature.strand) == (10, 50, "-")
+        assert feature.blocks == ((10, 20), (30, 50))
+        assert feature.gaps == ((20, 30),)
+        assert feature.name == "g"
+    ((first, _),) = read_genbank(tmp_path / "g.gbk")
+    assert first.sequence == SEQUENCES["two"].upper()
+    assert place("two", 10, 50) == "two:11-50"
+    assert parse_region("two:11-50", genome) == ("two", 10, 50)
+    assert parse_region("two", genome) == ("two", 0, 60)
+
+
+def test_peaks_have_a_summit(tmp_path):
+    path = write(tmp_path / "p.narrowPeak", "one\t4\t9\tp\t1\t.\t2.5\t-1\t-1\t3\n")
+    (peak,) = read_features(path)
+    assert peak.attributes["summit"] == "7"
+    write(path, "one\t4\t9\tp\t1\t.\t2.5\t-1\t-1\t5\n")
+    with pytest.raises(UnreadableInput, match="peak 5 is beyond"):
+        read_features(path)
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["one", "two"]),
+            st.integers(0, 1000),
+            st.lists(st.integers(1, 50), min_size=1, max_size=7),
+            st.sampled_from("+-."),
+        ),
+        min_size=1,
+        max_size=5,
+    )
+)
+def test_bed_comes_back_as_it_was(tmp_path_factory, rows):
+    features = []
+    for contig, start, widths, strand in rows:
+        edges = (start + np.concatenate([[0], np.cumsum(widths)])).tolist()
+        if len(edges) % 2:
+            edges.pop()
+        blocks = tuple(zip(edges[::2], edges[1::2], strict=True))
+        features.append(
+            Feature(
+                contig=contig,
+                start=blocks[0][0],
+                end=blocks[-1][1],
+                strand=strand,
+                name="x",
+                blocks=blocks,
+                score=1.5,
+            )
+        )
+    path = tmp_path_factory.mktemp("bed") / "x.bed"
+    with path.open("w") as file:
+        write_bed(features, file)
+    for ours, again in zip(features, read_bed(path), strict=True):
+        assert (again.contig, again.strand, again.blocks) == (ours.contig, ours.strand, ours.blocks)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("a.bed", "two\t50\t61\n", r"a\.bed:1: two:51-61 runs beyond the end of two.*60 bases"),
+        ("a.bed", "two\t5\t5\n", "a.bed:1.*holds no base"),
+        ("a.bed", "two\t5\tx\n", "a.bed:1: end is 'x', expected an integer"),
+        ("a.bed", "two 5 6\n", "a.bed:1: 1 tab-separated fields, expected at least 3"),
+        ("a.bed", "two\t5\t6\tn\t0\t*\n", r"a\.bed:1: strand is '\*'"),
+        ("a.bed", "tree\t5\t6\n", "a.bed:1: the genome has no contig 'tree'; it has three"),
+        ("a.bed", "", "holds no feature"),
+        ("a.gff3", "two\tx\tCDS\t0\t5\t.\t+\t0\tID=a\n", "start is 0; GFF and GTF count from 1"),
+        ("a.gff3", "two\tx\tCDS\t3\t5\t.\t+\t0\tID\n", "attribute 'ID' has no value"),
+        ("a.txt", "x\n", "is no annotation file"),
+        ("a.gbk", "hello\n", "holds no GenBank record"),
+    ],
+)
+def test_a_wrong_annotation_is_named_by_line(tmp_path, genome, name, text, words):
+    with pytest.raises(ValueError, match=words):
+        read_features(write(tmp_path / name, text), genome)
+
+
+def test_a_genbank_without_features_is_refused(tmp_path):
+    record = SeqRecord(Seq("ACGT"), id="a", name="a", annotations={"molecule_type": "DNA"})
+    SeqIO.write(record, tmp_path / "a.gbk", "genbank")
+    with pytest.raises(UnreadableInput, match=r"a\.gbk: record a has no features besides"):
+        list(read_genbank(tmp_path / "a.gbk"))
+
+
+def test_contigs_are_reconciled_only_with_a_warning(tmp_path, genome):
+    path = write(tmp_path / "a.bed", "chrtwo\t5\t6\n")
+    with pytest.warns(UserWarning, match="took chrtwo for two"):
+        (feature,) = read_features(path, genome)
+    assert feature.contig == "two"
+
+
+VCF = "##fileformat=VCFv4.2\n#CHROM\tPOS\tID\tREF\tALT\tQUAL\tFILTER\tINFO\n"
+
+
+def test_variants_are_checked_and_written_back(tmp_path, genome):
+    # two is GGGCCCaaattt…: position 4 counted from 1 is the first C.
+    lines = "two\t4\trs1\tC\tT,GA\t.\t.\t.\ntwo\t3\t.\tGC\tG,<DEL>\t5\tPASS\tDP=3\n"
+    path = write(tmp_path / "v.vcf", VCF + lines)
+    file = VariantFile(path, genome)
+    first, second = file
+    assert [(v.start, v.end, v.ref, v.alt) for v in first.variants] == [
+        (3, 4, "C", "T"),
+        (3, 4, "C", "GA"),
+    ]
+    assert second.variants[1] is None
+    out = tmp_path / "o.vcf"
+    with out.open("w") as target:
+        write_vcf_header(file, {"S": "a score"}, target)
+        write_vcf_line(first, {"S": [0.5, -1.25]}, target)
+        write_vcf_line(second, {"S": [2.0, None]}, target)
+    assert "##INFO=<ID=S,Number=A,Type=Float" in out.read_text()
+    again = list(VariantFile(out, genome))
+    assert again[0].fields[7] == "S=0.5,-1.25"
+    assert again[1].fields[7] == "DP=3;S=2,."
+    assert again[1].variants == [type(second.variants[0])("two", 2, "GC", "G", f"{out}:5"), None]
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("two\t4\t.\tG\tT\t.\t.\t.", r"v\.vcf:3: REF is G but .*genome\.fa has C at two:4"),
+        ("two\t60\t.\tTT\tT\t.\t.\t.", "v.vcf:3: two:60-61 is not within two"),
+        ("two\t0\t.\tG\tT\t.\t.\t.", "v.vcf:3: .*is not within two"),
+        ("two\tx\t.\tG\tT\t.\t.\t.", "v.vcf:3: POS is 'x'"),
+        ("two\t1\t.\tE\tT\t.\t.\t.", "v.vcf:3: REF is 'E'"),
+        ("six\t1\t.\tG\tT\t.\t.\t.", "v.vcf:3: the genome has no contig 'six'"),
+        ("two\t1\t.\tG", "v.vcf:3: 4 tab-separated columns"),
+    ],
+)
+def test_a_wrong_variant_is_named_by_line(tmp_path, genome, line, words):
+    path = write(tmp_path / "v.vcf", VCF + line + "\n")
+    with pytest.raises(UnreadableInput, match=words):
+        list(VariantFile(path, genome))
+    with pytest.raises(UnreadableInput, match="expected the tab-separated header"):
+        VariantFile(write(path, line + "\n"), genome)
+
+
+@pytest.mark.parametrize("kind", [".bedgraph", ".bw"])
+def test_tracks_come_back_whatever_the_pieces(tmp_path, kind):
+    if kind == ".bw":
+        pytest.importorskip("pyBigWig")
+    lengths = {"one": 300, "two": 100}
+    rng = np.random.default_rng(0)
+    values = {
+        name: rng.integers(0, 3, n).repeat(1).astype(np.float32) for name, n in lengths.items()
+    }
+    values["one"][40:90] = 0.123456
+    values["one"][100:110] = np.nan
+    files = []
+    for step in (7, 300):
+        path = tmp_path / f"{step}{kind}"
+        with TrackWriter(path, lengths, kind) as writer:
+            for name, n in lengths.items():
+                for start in range(0, n, step):
+                    writer.add(name, start, values[name][start : start + step])
+        files.append(path.read_bytes())
+        for name, n in lengths.items():
+            back = read_track(path, lengths, name, 0, n)
+            np.testing.assert_allclose(back, values[name], rtol=1e-3)
+            np.testing.assert_array_equal(read_track(path, lengths, name, 50, 80), back[50:80])
+    if kind == ".bedgraph":
+        assert files[0] == files[1]
+        assert b"one\t40\t90\t0.1235\n" in files[0]
+
+
+def test_wiggle_counts_from_1(tmp_path):
+    path = write(
+        tmp_path / "x.wig",
+        "browser position x\ntrack type=wiggle_0\nvariableStep chrom=two span=2\n11 5\n20 6\n"
+        "fixedStep chrom=two start=31 step=5\n1\n2\n",
+    )
+    values = read_track(path, {"two": 60}, "two", 0, 60)
+    expected = np.full(60, np.nan)
+    expected[[10, 11]], expected[[19, 20]], expected[30], expected[35] = 5, 6, 1, 2
+    np.testing.assert_array_equal(values, expected)
+    with pytest.raises(UnreadableInput, match=r"x\.wig:5: two:20-21 runs beyond"):
+        read_track(path, {"two": 20}, "two", 0, 20)
+
+
+@given(st.text(alphabet=IUPAC + IUPAC.lower(), max_size=60))
+def test_the_reverse_complement_undoes_itself(sequence):
+    other = reverse_complement(sequence)
+    assert reverse_complement(other) == sequence
+    assert other == str(Seq(sequence).reverse_complement())
