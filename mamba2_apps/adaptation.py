@@ -4,6 +4,7 @@
 is short for `--adaptation.start X`.
 """
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +15,8 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from mamba2_apps.checkpoint import CONFIG_NAME, WEIGHTS_NAME, read_backbone, read_weights
+from mamba2_apps import layouts
+from mamba2_apps.checkpoint import WEIGHTS_NAME, read_weights
 
 LORA_TARGETS = ("in_proj", "out_proj")
 
@@ -24,8 +26,9 @@ class AdaptationConfig:
     """Where the weights start, and which of them train.
 
     Args:
-        start: a RUN, or a directory that `save_pretrained` wrote, whose backbone is taken, and of a
-            RUN the adapter too where its weights have the same shapes; null: random weights.
+        start: a RUN, a checkpoint's folder (ours, Hugging Face's or state-spaces'), or its name on
+            the Hub: its backbone is taken, and of a RUN the adapter too where its weights have the
+            same shapes; null: random weights.
         freeze: parts that do not train: none; backbone; or all_but_head, which leaves a linear
             probe.
         unfreeze_epoch: epoch, counted from 1, from which on the frozen parts train; null: never.
@@ -82,49 +85,63 @@ def adapt(model: nn.Module, config: AdaptationConfig, *, start: bool = True) -> 
     if not hasattr(model, "backbone"):
         raise ValueError(f"{type(model).__name__} has no backbone to adapt; leave out adaptation")
     if config.start is not None and start:
-        load_start(model, Path(config.start))
+        parts = load_start(model, Path(config.start))
+        print(f"{' and '.join(parts)} of {config.start} loaded", file=sys.stderr)
     if config.lora_rank is not None:
         add_lora(model.backbone, config.lora_rank, config.lora_alpha)  # type: ignore[arg-type]
-    for parameter in frozen_parameters(model, config, epoch=1):
-        parameter.requires_grad_(False)
+    if config.unfreeze_epoch is None:  # else `Unfreeze` does it, and the optimizer has all of them
+        for parameter in frozen_parameters(model, config, epoch=1):
+            parameter.requires_grad_(False)
 
 
 def load_start(model: nn.Module, path: Path) -> list[str]:
-    """Load a backbone, and an adapter where it fits; return the names of the parts that were.
+    """Load a backbone, and of a RUN the adapter where it fits; return the names of what was loaded.
 
-    Raises ValueError that names what does not fit.
+    The adapter is all that lies outside backbone and head. A model that can fit tensors of other
+    sizes to its own, a position embedding to another resolution, say, has a method
+    `fit_tensors(tensors) -> tensors`.
+
+    Raises ValueError that names what of the backbone does not fit.
     """
     tensors = read_start(path)
+    if hasattr(model, "fit_tensors"):
+        tensors = model.fit_tensors(tensors)  # type: ignore[operator]
     load_part(model.backbone, tensors, "backbone", path)  # type: ignore[arg-type]
-    adapter = getattr(model, "adapter", None)
-    expected = {} if adapter is None else adapter.state_dict()
-    given = {
-        name.removeprefix("adapter."): t for name, t in tensors.items() if _is_in(name, "adapter")
+    adapter = {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if not _is_in(name, "backbone") and not _is_head(name)
     }
-    fits = bool(expected) and all(
-        name in given and given[name].shape == tensor.shape for name, tensor in expected.items()
+    fits = bool(adapter) and all(
+        name in tensors and tensors[name].shape == tensor.shape for name, tensor in adapter.items()
     )
-    if fits:
-        adapter.load_state_dict({name: given[name] for name in expected})  # type: ignore[union-attr]
-    return ["backbone", "adapter"] if fits else ["backbone"]
+    if not fits:
+        return ["backbone"]
+    model.load_state_dict({name: tensors[name] for name in adapter}, strict=False)
+    return ["backbone", "adapter"]
 
 
 def read_start(path: Path) -> dict[str, Tensor]:
-    """Tensors of a RUN by name, or those of a saved backbone under "backbone."."""
+    """Tensors of a RUN by name, or those of a checkpoint's backbone under "backbone."."""
     if (path / "config.yaml").is_file():
         return read_weights(path / WEIGHTS_NAME)
-    if (path / CONFIG_NAME).is_file():
-        return {f"backbone.{name}": tensor for name, tensor in read_backbone(path)[1].items()}
-    raise ValueError(
-        f"adaptation.start is {path}, expected a finished RUN or a directory that save_pretrained "
-        "wrote"
-    )
+    try:
+        checkpoint = layouts.read(path)
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"adaptation.start is {path}, expected a finished RUN or a checkpoint ({error})"
+        ) from error
+    return {f"backbone.{name}": tensor for name, tensor in checkpoint.backbone.items()}
 
 
 def load_part(part: nn.Module, tensors: dict[str, Tensor], name: str, source: Path) -> None:
-    """Load the tensors under "<name>." into a part of a model; all of them must fit."""
+    """Load the tensors under "<name>." into a part of a model; all of them must fit.
+
+    Between a causal and a bidirectional backbone the rule is `layouts.match_direction`'s.
+    """
     given = {key.removeprefix(f"{name}."): t for key, t in tensors.items() if _is_in(key, name)}
     expected = part.state_dict()
+    given = layouts.match_direction(given, expected)
     wrong = [
         f"{key} {tuple(given[key].shape)} for {tuple(expected[key].shape)}"
         for key in expected.keys() & given.keys()
@@ -220,7 +237,7 @@ class Unfreeze(Callback):
 def parameter_groups(
     module: nn.Module, weight_decay: float, layer_decay: float | None = None
 ) -> list[dict[str, Any]]:
-    """Optimizer groups of the parameters: with weight decay and without, by depth.
+    """Optimizer groups of the trainable parameters: with weight decay and without, by depth.
 
     Every task uses this one rule. Without decay are vectors and scalars (norms, biases) and what
     `exempt_from_weight_decay` names. With layer_decay a group has "lr_scale", which timm's
@@ -232,9 +249,11 @@ def parameter_groups(
     deepest = max(depths.values(), default=0)
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
     for name, parameter in module.named_parameters():
-        key = (depths.get(name, 0), name not in exempt)
+        if not parameter.requires_grad:
+            continue
+        key = (depths.get(name, 0), name in exempt)
         group = groups.setdefault(
-            key, {"params": [], "weight_decay": weight_decay if key[1] else 0.0}
+            key, {"params": [], "weight_decay": 0.0 if key[1] else weight_decay}
         )
         if layer_decay is not None:
             group["lr_scale"] = layer_decay ** (deepest - key[0])

@@ -9,8 +9,9 @@ batch b · seqlen l · d_model d
 import inspect
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, fields
+from tempfile import TemporaryDirectory
 from typing import Any, Self
 
 import torch
@@ -18,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mamba2_apps import layouts
 from mamba2_apps.attention import Attention, AttentionState
-from mamba2_apps.checkpoint import load_weights, read_backbone, write_backbone
+from mamba2_apps.checkpoint import BACKBONE_FORMAT, load_weights, write_folder
 from mamba2_apps.checks import check_call, is_count, require
 from mamba2_apps.mixer import Mamba2, Mamba2State
 from mamba2_apps.padding import LeftAligned
@@ -385,30 +387,71 @@ class Backbone(nn.Module):
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Writes config.json and model.safetensors into the directory `path`, each atomically."""
-        write_backbone(path, self.config.to_dict(), self.state_dict())
+        write_folder(path, BACKBONE_FORMAT, {"config": self.config.to_dict()}, self.state_dict())
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        license: str | None = None,
+        datasets: Sequence[str] = (),
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str = "Upload with mamba2_apps",
+    ) -> str:
+        """Save into a repository of the Hub with a model card; return the commit's address.
+
+        license and datasets are what the card states; the rest is `mamba2_apps.hub.push`'s.
+        """
+        from mamba2_apps import hub
+
+        parameters = sum(p.numel() for p in self.parameters())
+        card = hub.backbone_card(
+            self.config.to_dict(), parameters, license=license, datasets=datasets
+        )
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return hub.push(
+                folder,
+                repo_id,
+                card=card,
+                private=private,
+                token=token,
+                commit_message=commit_message,
+            )
 
     @classmethod
     def from_pretrained(
         cls,
-        path: str | os.PathLike[str],
+        path_or_repo: str | os.PathLike[str],
         *,
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,
     ) -> Self:
-        """The backbone that `save_pretrained` wrote, in eval mode; dtype None keeps what is stored.
+        """A backbone from a checkpoint, in eval mode; dtype None keeps what is stored.
+
+        Read are what `save_pretrained` wrote, Hugging Face's Mamba2 folders and state-spaces'
+        (see `mamba2_apps.layouts`), by path or by name on the Hub. An embedding table and an output
+        head are left out: `mamba2_apps.language.LanguageModel` takes them too.
 
         Raises:
-            FileNotFoundError: no such directory, or a file missing in it.
-            ValueError: a damaged file, a format that is not ours, weights that do not fit.
+            FileNotFoundError: no such directory or repository, or a file missing in it.
+            ValueError: a damaged file, a layout that is not known, weights that do not fit.
         """
-        values, tensors = read_backbone(path)
+        return cls.from_checkpoint(layouts.read(path_or_repo)).to(device=device, dtype=dtype)
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: layouts.Checkpoint) -> Self:
+        """A backbone with the tensors of a checkpoint that was read, in eval mode."""
         try:
-            config = BackboneConfig.from_dict(values)
+            config = BackboneConfig.from_dict(checkpoint.config)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{path}: its config.json describes no backbone: {error}") from error
+            raise ValueError(
+                f"{checkpoint.folder}: its config.json describes no backbone: {error}"
+            ) from error
         backbone = cls(config, device="meta")
-        load_weights(backbone, tensors, path, assign=True)
-        return backbone.to(device=device, dtype=dtype).eval()
+        load_weights(backbone, checkpoint.backbone, checkpoint.folder, assign=True)
+        return backbone.eval()
 
     def _residual(self, embeddings: Tensor) -> Tensor:
         if not self.config.residual_in_fp32:

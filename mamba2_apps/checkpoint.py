@@ -19,7 +19,7 @@ from mamba2_apps.files import replacing, write_json
 
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
-FORMAT = "mamba2_apps.Backbone"
+BACKBONE_FORMAT, LANGUAGE_MODEL_FORMAT = "mamba2_apps.Backbone", "mamba2_apps.LanguageModel"
 FORMAT_VERSION = 1
 
 
@@ -93,51 +93,18 @@ def load_weights(
     module.load_state_dict(tensors, assign=assign)
 
 
-def write_backbone(
-    path: str | os.PathLike[str], config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+def write_folder(
+    path: str | os.PathLike[str],
+    form: str,
+    settings: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
 ) -> None:
-    """Writes a backbone's directory, weights first, so that a config never stands without them."""
+    """Writes a model's directory, weights first, so that a config never stands without them."""
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     save_weights(tensors, path / WEIGHTS_NAME)
-    header = {"format": FORMAT, "format_version": FORMAT_VERSION}
-    write_json(path / CONFIG_NAME, header | {"config": dict(config)})
-
-
-def read_backbone(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A backbone's config and weights from its directory.
-
-    Raises:
-        FileNotFoundError: no such directory, or a file missing in it.
-        ValueError: a damaged file, or a format that this version does not read.
-    """
-    path = Path(path)
-    if not path.is_dir():
-        raise FileNotFoundError(
-            f"{path}: no such directory; expected one that save_pretrained wrote"
-        )
-    config_path = path / CONFIG_NAME
-    if not config_path.is_file():
-        found = ", ".join(sorted(entry.name for entry in path.iterdir())[:10]) or "nothing"
-        raise FileNotFoundError(f"{path}: no {CONFIG_NAME} in it, found {found}")
-    content = read_json(config_path)
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ValueError(f"{config_path}: expected format {FORMAT!r}, found {_describe(content)}")
-    if content.get("format_version") != FORMAT_VERSION:
-        raise ValueError(
-            f"{config_path}: format_version {content.get('format_version')!r}, this version of "
-            f"mamba2_apps reads {FORMAT_VERSION}"
-        )
-    return content["config"], read_weights(path / WEIGHTS_NAME)
-
-
-def _describe(content: Any) -> str:
-    if not isinstance(content, dict):
-        return f"a JSON {type(content).__name__}"
-    for key in ("format", "model_type", "ssm_cfg"):
-        if key in content:
-            return f"{key}={content[key]!r}"
-    return f"the keys {', '.join(sorted(content)[:10]) or '(none)'}"
+    header = {"format": form, "format_version": FORMAT_VERSION}
+    write_json(path / CONFIG_NAME, header | dict(settings))
 
 
 def _identity(tensor: Tensor) -> tuple[Any, ...]:

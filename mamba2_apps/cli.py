@@ -130,6 +130,22 @@ def _parser() -> argparse.ArgumentParser:
         "--device", help="such as cpu or cuda:0 (default: a GPU where there is one)"
     )
 
+    generate = command("generate", _generate, "continue a text with a language model's checkpoint")
+    generate.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="a folder, or a name on the Hugging Face Hub"
+    )
+    generate.add_argument("--prompt", required=True, help="text to continue; - is standard input")
+    generate.add_argument("--max-new-tokens", type=int, default=100)
+    generate.add_argument(
+        "--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)"
+    )
+    generate.add_argument("--top-k", type=int, help="sample among so many likeliest tokens")
+    generate.add_argument("--top-p", type=float, help="sample among tokens of this probability")
+    generate.add_argument("--seed", type=int, default=0, help="of the samples")
+    generate.add_argument(
+        "--device", help="such as cpu or cuda:0 (default: a GPU where there is one)"
+    )
+
     command("info", _info, "versions, devices, and which backend computes the SSD on them")
     return parser
 
@@ -322,6 +338,35 @@ def _output(path: Path | None) -> Iterator[TextIO]:
 
     with replacing(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
         yield file
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from mamba2_apps import language
+    from mamba2_apps.predictor import device_of
+
+    device = device_of(arguments.device)
+    tokenizer = language.load_tokenizer(arguments.checkpoint)
+    model = language.LanguageModel.from_pretrained(arguments.checkpoint, device=device)
+    prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
+    ids = tokenizer.encode(prompt).ids
+    if not ids:
+        raise ValueError("--prompt is empty; a language model continues what it is given")
+    tokens = model.generate(
+        torch.tensor([ids], device=device),
+        arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        generator=torch.Generator(device).manual_seed(arguments.seed),
+    )
+    sys.stdout.write(prompt)
+    for piece in language.text_pieces(tokenizer, ids, tokens):
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    print()
+    return 0
 
 
 def _info(arguments: argparse.Namespace) -> int:

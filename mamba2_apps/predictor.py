@@ -29,7 +29,7 @@ def load(run: str | PathLike[str], device: str | torch.device | None = None) -> 
     run = Path(run)
     preprocessing = runs.read_preprocessing(run)
     task = runs.read_task(run, runs.read_recipe(run))
-    return Predictor(task, preprocessing, _device(device))
+    return Predictor(task, preprocessing, device_of(device))
 
 
 class Predictor:
@@ -119,8 +119,11 @@ class Predictor:
             yield (item if isinstance(item, str) else position), tensor
 
 
-def _device(device: str | torch.device | None) -> torch.device:
-    """Raises ValueError for what is no device, or a GPU where there is none."""
+def device_of(device: str | torch.device | None) -> torch.device:
+    """The device of that name; None picks a GPU where there is one.
+
+    Raises ValueError for what is no device, or a GPU where there is none.
+    """
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -6,6 +6,7 @@ labels.json         names of the outputs
 preprocessing.json  what was done to the inputs
 metrics.json        test and validation metrics, beside baselines
 metrics.csv         one row per epoch
+README.md           a model card
 curves.png, confusion.png, classes.csv, tensorboard/
 checkpoints/        last.ckpt and best.ckpt, for `train --resume`
 """
@@ -24,7 +25,7 @@ from lightning import Trainer, seed_everything
 from lightning.pytorch.trainer.states import TrainerStatus
 from safetensors import SafetensorError
 
-from mamba2_apps import recipes, reports
+from mamba2_apps import hub, recipes, reports
 from mamba2_apps.adaptation import adapt, merge_lora
 from mamba2_apps.data import Preprocessing
 from mamba2_apps.files import replacing, write_json, write_text
@@ -171,6 +172,7 @@ def _finish(
     task.report(run)
     recipe.data.report(task, run)
     write_json(run / METRICS, metrics)
+    write_text(run / hub.CARD_NAME, hub.run_card(run))
     return metrics
 
 

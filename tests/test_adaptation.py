@@ -88,7 +88,7 @@ def test_an_adapter_of_other_shapes_keeps_its_own_weights(pretrained):
 def test_a_backbone_that_does_not_fit_is_refused_by_name(pretrained, tmp_path):
     with pytest.raises(ValueError, match=r"missing: layers\.2\.mixer.*model\.backbone"):
         adapt(model(n_layer=3), AdaptationConfig(start=str(pretrained)))
-    with pytest.raises(ValueError, match=r"expected a finished RUN or a directory"):
+    with pytest.raises(ValueError, match=r"expected a finished RUN or a checkpoint"):
         adapt(model(), AdaptationConfig(start=str(tmp_path)))
     with pytest.raises(ValueError, match="Linear has no backbone to adapt"):
         adapt(nn.Linear(2, 2), AdaptationConfig(freeze="backbone"))

@@ -116,10 +116,9 @@ def test_folders_that_are_no_checkpoint_are_named(backbone, tmp_path):
 
     config = tmp_path / "config.json"
     for content, found in [
-        ({"model_type": "mamba2"}, "found model_type='mamba2'"),
-        ({"ssm_cfg": {"layer": "Mamba2"}}, "found ssm_cfg={'layer': 'Mamba2'}"),
+        ({"model_type": "bert"}, "found model_type='bert'"),
         ({"a": 1, "b": 2}, "found the keys a, b"),
-        ([1], "found a JSON list"),
+        ([1], "found a list"),
         ({"format": "mamba2_apps.Backbone", "format_version": 9}, "format_version 9"),
     ]:
         config.write_text(json.dumps(content))
@@ -144,5 +143,5 @@ def test_damaged_checkpoints_are_named(backbone, tmp_path):
     with pytest.raises(ValueError, match=r"model\.safetensors: damaged"):
         Backbone.from_pretrained(tmp_path)
     weights.unlink()
-    with pytest.raises(FileNotFoundError, match=r"model\.safetensors: no such file"):
+    with pytest.raises(FileNotFoundError, match=r"neither model\.safetensors nor"):
         Backbone.from_pretrained(tmp_path)

@@ -74,6 +74,7 @@ def test_a_run_holds_what_the_readme_says(trained):
     assert names == {
         "config.yaml", "model.safetensors", "labels.json", "preprocessing.json", "metrics.json",
         "metrics.csv", "curves.png", "confusion.png", "classes.csv", "tensorboard", "checkpoints",
+        "README.md",
     }  # fmt: skip
     metrics = json.loads((trained / "metrics.json").read_text())
     assert {"scikit-learn SVC", "scikit-learn logistic regression"} == set(metrics["baselines"])
