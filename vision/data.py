@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
+from timm.data import Mixup
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mamba2_apps.data import Preprocessing, Sample, UnreadableInput, files_under
+from mamba2_apps.data import DataModule, Preprocessing, Sample, UnreadableInput, files_under
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 EIGHT_BIT_MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"}
@@ -87,3 +88,50 @@ class TensorImages(Dataset[Sample]):
 
     def __len__(self) -> int:
         return len(self.targets)
+
+
+class ImageData(DataModule):
+    """What every set of labelled images shares: mixing of batches, balance, pictures of a test.
+
+    Args:
+        batch_size: images per step and device.
+        num_workers: processes that decode and augment; 0 does it in the training process.
+        balanced: draw every class equally often while training, with replacement.
+        mixup: alpha of the blending of two images (Zhang et al. 2018); 0: none.
+        cutmix: alpha of pasting a piece of one image into another (Yun et al. 2019); 0: none.
+        mix_probability: share of the batches that are mixed.
+    """
+
+    def __init__(
+        self,
+        *,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        balanced: bool = False,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        mix_probability: float = 1.0,
+    ) -> None:
+        super().__init__(batch_size=batch_size, num_workers=num_workers, balanced=balanced)
+        self.mixing = max(mixup, cutmix) > 0
+        if self.mixing and batch_size % 2:
+            raise ValueError(
+                f"data.batch_size is {batch_size}, expected an even number with mixup or cutmix"
+            )
+        self.mixup, self.cutmix, self.mix_probability = mixup, cutmix, mix_probability
+
+    def mix(self, batch: Sample) -> Sample:
+        if not self.mixing:
+            return batch
+        blend = Mixup(
+            self.mixup,
+            self.cutmix,
+            prob=self.mix_probability,
+            label_smoothing=0.0,
+            num_classes=len(self.labels),
+        )
+        images, targets = blend(batch["inputs"].clone(), batch["targets"])
+        return {**batch, "inputs": images, "targets": targets}
+
+    def class_of_samples(self) -> np.ndarray:
+        return np.asarray(self.train_set.targets)  # type: ignore[attr-defined]

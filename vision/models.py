@@ -624,11 +624,11 @@ def bimamba2_tiny_patch16_224(pretrained: bool = False, **kwargs: Any) -> BiMamb
 
 @register_model
 def bimamba2_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> BiMamba2:
-    """Width 384, 24 blocks, 23.4 million parameters."""
+    """Width 384, 24 blocks, 23.5 million parameters."""
     return _create("bimamba2_small_patch16_224", pretrained, **{"embed_dim": 384, **kwargs})
 
 
 @register_model
 def bimamba2_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> BiMamba2:
-    """Width 768, 24 blocks, 89.6 million parameters."""
+    """Width 768, 24 blocks, 89.9 million parameters."""
     return _create("bimamba2_base_patch16_224", pretrained, **{"embed_dim": 768, **kwargs})
