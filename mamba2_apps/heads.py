@@ -7,9 +7,14 @@ softmax, sigmoid and the like belong to the loss and the report.
 batch b · seqlen l · d_model d
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from mamba2_apps.parallel import ContextParallel
 
 Pool = str | int
 
@@ -47,9 +52,18 @@ class PooledHead(nn.Module):
         super().__init__()
         self.pool = check_pool(pool)
         self.proj = nn.Linear(d_model, n_outputs)
+        # Set by `mamba2_apps.parallel.split_sequence`.
+        self.context_parallel: ContextParallel | None = None
 
     def forward(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
-        return self.proj(pool_tokens(hidden, mask, self.pool))
+        pooled = pool_tokens(hidden, mask, self.pool)
+        if self.context_parallel is not None:
+            if self.pool != "mean":
+                raise ValueError(
+                    f"pool is {self.pool!r}; over a sequence that is split over ranks only 'mean'"
+                )
+            pooled = self.context_parallel.sum(pooled) / self.context_parallel.size
+        return self.proj(pooled)
 
 
 class TokenHead(nn.Module):

@@ -8,15 +8,19 @@ batch b · seqlen l · nheads h · headdim p · ngroups g · dstate n · d_model
 
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mamba2_apps import kernels
 from mamba2_apps.checks import check_call, is_count, require
-from mamba2_apps.kernels import causal_conv1d, gated_rms_norm, ssd, ssd_bidirectional, ssd_step
+from mamba2_apps.kernels import causal_conv1d, gated_rms_norm, ssd_step
 from mamba2_apps.padding import LeftAligned, data_positions
+
+if TYPE_CHECKING:
+    from mamba2_apps.parallel import ContextParallel
 
 # softplus of this plus any sane dt_bias is exactly 0 in every float type, and float16 can hold it.
 _DT_OF_PADDING = -1e4
@@ -197,6 +201,8 @@ class Mamba2(nn.Module):
         self.dt_limit = (float(dt_limit[0]), float(dt_limit[1]))
         self.bidirectional = bidirectional
         self.conv_per_direction = conv_per_direction
+        # Set by `mamba2_apps.parallel.split_sequence`.
+        self.context_parallel: ContextParallel | None = None
 
         directions = 2 if bidirectional else 1
         heads_shape = (2, nheads) if bidirectional else (nheads,)
@@ -336,6 +342,8 @@ class Mamba2(nn.Module):
         state: Mamba2State | None,
         return_state: bool,
     ) -> tuple[Tensor, Mamba2State | None]:
+        if self.context_parallel is not None and lengths is not None:
+            raise ValueError("a mask cannot be used on a sequence that is split over ranks")
         *mlp, z, xBC, dt = self.in_proj(u).split(self._split_sizes, dim=-1)
         if self.bidirectional:
             y, final_state = self._scan_both_ways(xBC, dt, lengths, cu_seqlens), None
@@ -355,7 +363,7 @@ class Mamba2(nn.Module):
         """(b, l, h, p), and the final state when asked for; padding matters to states only."""
         padded = lengths if return_state else None
         before = None if state is None else state.conv
-        conv: Any = causal_conv1d(
+        conv: Any = self._operators.causal_conv1d(
             xBC,
             self.conv1d.weight[:, 0],
             self.conv1d.bias,
@@ -369,7 +377,7 @@ class Mamba2(nn.Module):
             window = last_inputs(xBC, before, padded, self.d_conv - 1)
         x, B, C = self._split_conv(mixed)
         dt, dt_options = self._step_sizes(dt, padded)
-        y: Any = ssd(
+        y: Any = self._operators.ssd(
             x,
             dt,
             self._decay_rates(),
@@ -395,7 +403,7 @@ class Mamba2(nn.Module):
         mixed: Any
         if self.conv_per_direction:
             both = [
-                causal_conv1d(
+                self._operators.causal_conv1d(
                     xBC,
                     weight,
                     bias,
@@ -407,7 +415,7 @@ class Mamba2(nn.Module):
             ]
             mixed = torch.stack(cast(list[Tensor], both))
         else:
-            mixed = causal_conv1d(
+            mixed = self._operators.causal_conv1d(
                 xBC,
                 self.conv1d.weight[:, 0],
                 self.conv1d.bias,
@@ -416,10 +424,14 @@ class Mamba2(nn.Module):
             )
         x, B, C = self._split_conv(mixed)
         dt, dt_options = self._step_sizes(dt, lengths)
-        y: Any = ssd_bidirectional(
+        y: Any = self._operators.ssd_bidirectional(
             x, dt, self._decay_rates(), B, C, D=self._skip(), cu_seqlens=cu_seqlens, **dt_options
         )
         return y
+
+    @property
+    def _operators(self) -> Any:
+        return kernels if self.context_parallel is None else self.context_parallel
 
     def _conv_of_directions(self) -> Iterator[tuple[Tensor, Tensor | None, bool]]:
         """Weight, bias and whether it runs in reverse, of each direction's own convolution."""

@@ -1,0 +1,127 @@
+"""A sequence split over processes gives what one process gives: outputs, gradients, few bytes."""
+
+import copy
+import os
+import subprocess
+import sys
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from mamba2_apps.backbone import Backbone, BackboneConfig
+from mamba2_apps.heads import PooledHead
+from mamba2_apps.parallel import split_sequence
+
+KINDS = {
+    "causal": {"ngroups": 2},
+    "bidirectional": {"bidirectional": True, "dt_limit": (0.01, 0.5)},
+    "own convolutions": {"bidirectional": True, "conv_per_direction": True},
+}
+
+
+class Model(nn.Module):
+    """A backbone with answers per token and for the whole sequence."""
+
+    def __init__(self, **options) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.backbone = Backbone(BackboneConfig(32, 2, d_state=8, headdim=16, **options))
+        self.head = PooledHead(32, 3)
+
+    def forward(self, x):
+        hidden = self.backbone(x)
+        return hidden, self.head(hidden)
+
+
+def inputs(length: int) -> torch.Tensor:
+    return torch.randn(2, length, 32, generator=torch.Generator().manual_seed(1))
+
+
+def objective(hidden, pooled, length):
+    """A mean over tokens that weighs each place differently, and one over the pooled answers."""
+    return (hidden * torch.arange(1, length + 1)[:, None] / length).mean() + pooled.square().mean()
+
+
+def reference(kind: str, length: int, dtype: torch.dtype):
+    model = Model(**KINDS[kind]).to(dtype)
+    x = inputs(length).to(dtype).requires_grad_()
+    hidden, pooled = model(x)
+    objective(hidden, pooled, length).backward()
+    return hidden.detach(), x.grad, [p.grad for p in model.parameters()]
+
+
+def compare(kind: str, length: int, dtype: torch.dtype) -> None:
+    """Outputs and gradients of the ranks together against those of one process."""
+    size = dist.get_world_size()
+    hidden0, x_grad0, grads0 = reference(kind, length, dtype)
+    model = Model(**KINDS[kind]).to(dtype)
+    context = split_sequence(model)
+    copy.deepcopy(model)  # as a running average of weights does
+    x = inputs(length).to(dtype).requires_grad_()
+    hidden, pooled = model(context.shard(x))
+    assert hidden.shape[1] == length // size
+    places = torch.arange(1, length + 1, dtype=dtype)[:, None] / length
+    ((hidden * context.shard(places, 0)).mean() + pooled.square().mean()).backward()
+    close = 1e-10 if dtype == torch.float64 else 1e-5
+    tolerance = {"rtol": close, "atol": close}
+    torch.testing.assert_close(context.gather(hidden.detach()), hidden0, **tolerance)
+    # The objective is the mean of the ranks' losses.
+    torch.testing.assert_close(context.sum(x.grad) / size, x_grad0, **tolerance)
+    for parameter, grad0 in zip(model.parameters(), grads0, strict=True):
+        dist.all_reduce(parameter.grad)
+        torch.testing.assert_close(parameter.grad / size, grad0, **tolerance)
+
+
+def bytes_sent(length: int) -> int:
+    model = Model(**KINDS["bidirectional"])
+    context = split_sequence(model)
+    hidden, pooled = model(context.shard(inputs(length)))
+    (hidden.mean() + pooled.mean()).backward()
+    return context.bytes_sent
+
+
+def mistakes() -> None:
+    size = dist.get_world_size()
+    model = Model(bidirectional=True)
+    context = split_sequence(model)
+    with pytest.raises(ValueError, match=f"a sequence of 65 does not split into {size}"):
+        context.shard(inputs(65))
+    with pytest.raises(ValueError, match="expected at least 3, the window"):
+        model(inputs(2))
+    with pytest.raises(ValueError, match="a mask cannot be used"):
+        model.backbone(inputs(8), mask=torch.ones(2, 8, dtype=torch.bool))
+    with pytest.raises(ValueError, match="cu_seqlens cannot be used"):
+        model.backbone(inputs(8)[:1], cu_seqlens=torch.tensor([0, 4, 8], dtype=torch.int32))
+    hybrid = Backbone(BackboneConfig(64, 2, d_state=8, headdim=16, attn_layer_idx=(1,)))
+    with pytest.raises(ValueError, match=r"layers\.1\.mixer is attention"):
+        split_sequence(hybrid)
+
+
+def main() -> None:
+    """What every process of the test runs."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    size = dist.get_world_size()
+    for kind in KINDS:
+        compare(kind, 24 * size, torch.float32)
+    compare("bidirectional", 4 * size, torch.float64)
+    compare("causal", 300 * size, torch.float64)
+    assert bytes_sent(64) == bytes_sent(640) > 0
+    mistakes()
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_slices_give_what_the_whole_gives(size):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc-per-node={size}", __file__]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+
+
+if __name__ == "__main__":
+    main()
