@@ -16,7 +16,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from mamba2_apps.parallel import ContextParallel
 
-Pool = str | int
+Pool = int | str
 
 
 def pool_tokens(hidden: Tensor, mask: Tensor | None, pool: Pool) -> Tensor:

@@ -1,28 +1,98 @@
-"""Image files and image data sets.
+"""Image files and sets of labelled images: folders, archives and whatever else timm reads.
 
-Dimensions: batch b · channels c · height H · width W
+Dimensions: batch b · channels c · height H · width W · classes k
 """
 
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
-from timm.data import Mixup
+from sklearn.model_selection import train_test_split
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup, create_transform
+from timm.data.readers import create_reader
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from mamba2_apps.data import DataModule, Preprocessing, Sample, UnreadableInput, files_under
+from mamba2_apps.vision import reports
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
-EIGHT_BIT_MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"}
+MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "YCbCr"}
+
+
+def open_image(item: Any, name: str | None = None) -> Image.Image:
+    """A still image of 8 bits per channel from a path, an open file, an array or a PIL image.
+
+    Args:
+        item: what to read; an array is (H, W) or (H, W, 3), uint8.
+        name: what messages call it; None: the path.
+
+    Raises:
+        UnreadableInput: empty, truncated, animated, CMYK, more than 8 bits, or no image at all.
+    """
+    if isinstance(item, Image.Image):
+        return item
+    if isinstance(item, np.ndarray):
+        if item.dtype != np.uint8:
+            raise UnreadableInput(f"an array of {item.dtype}, expected uint8 from 0 to 255")
+        return Image.fromarray(item)
+    name = name or str(item)
+    try:
+        with Image.open(item) as image:
+            image.load()
+            frames = getattr(image, "n_frames", 1)
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        is_path = isinstance(item, str | Path)
+        empty = is_path and Path(item).is_file() and Path(item).stat().st_size == 0
+        cause = "the file is empty" if empty else f"{error}"
+        raise UnreadableInput(
+            f"{name}: not a readable image ({cause}); replace or remove it"
+        ) from error
+    except Image.DecompressionBombError as error:
+        raise UnreadableInput(f"{name}: {error}; make it smaller") from error
+    if frames > 1:
+        raise UnreadableInput(f"{name}: {frames} frames, expected a still image; save one of them")
+    if image.mode not in MODES:
+        raise UnreadableInput(
+            f"{name}: pixels of mode {image.mode}, expected grey or RGB of 8 bits; convert it"
+        )
+    return image
+
+
+class Pictures(Preprocessing):
+    """What both ways to fit an image into a tensor share. See the two subclasses."""
+
+    channels: int
+    mean: Sequence[float]
+    std: Sequence[float]
+
+    def find(self, source: str) -> list[str]:
+        return files_under(source, IMAGE_SUFFIXES, "image files")
+
+    def convert(self, item: Any, name: str | None = None) -> Image.Image:
+        """An image of `channels` channels. Raises UnreadableInput."""
+        return open_image(item, name).convert({1: "L", 3: "RGB"}[self.channels])
+
+    def normalize(self, pixels: Tensor) -> Tensor:
+        """Pixels (H, W, c) from 0 to 1 to the model's input (c, H, W)."""
+        return ((pixels - torch.tensor(self.mean)) / torch.tensor(self.std)).movedim(-1, 0)
+
+    def pixels(self, inputs: Tensor) -> Tensor:
+        """What `normalize` was given, from 0 to 1: (…, c, H, W) to (…, H, W, c)."""
+        inputs = inputs.detach().float().cpu().movedim(-3, -1)
+        return (inputs * torch.tensor(self.std) + torch.tensor(self.mean)).clamp(0, 1)
 
 
 @dataclass(kw_only=True)
-class ImagePreprocessing(Preprocessing):
-    """An image file, a PIL image or an array (H, W) or (H, W, 3) of 0 to 255 to a float32 tensor.
+class ImagePreprocessing(Pictures):
+    """The whole image, its sides changed to the model's: for scans and crops of one shape.
 
     Args:
         height: rows that the image is resized to, by averaging over area.
@@ -38,43 +108,57 @@ class ImagePreprocessing(Preprocessing):
     mean: list[float]
     std: list[float]
 
-    def find(self, source: str) -> list[str]:
-        return files_under(source, IMAGE_SUFFIXES, "image files")
-
-    def __call__(self, item: Any) -> Tensor:
-        image = item if isinstance(item, Image.Image) else self._open(item)
-        image = image.convert({1: "L", 3: "RGB"}[self.channels])
+    def __call__(self, item: Any, name: str | None = None) -> Tensor:
+        image = self.convert(item, name)
         if image.size != (self.width, self.height):
             image = image.resize((self.width, self.height), Image.Resampling.BOX)
         pixels = torch.from_numpy(np.array(image, dtype=np.float32) / 255)
         return self.normalize(pixels.reshape(self.height, self.width, self.channels))
 
-    def normalize(self, pixels: Tensor) -> Tensor:
-        """Pixels (H, W, c) from 0 to 1 to the model's input (c, H, W)."""
-        return ((pixels - torch.tensor(self.mean)) / torch.tensor(self.std)).movedim(-1, 0)
 
-    def _open(self, item: Any) -> Image.Image:
-        if isinstance(item, np.ndarray):
-            if item.dtype != np.uint8:
-                raise UnreadableInput(f"an array of {item.dtype}, expected uint8 from 0 to 255")
-            return Image.fromarray(item)
-        try:
-            with Image.open(item) as image:
-                image.load()
-                frames = getattr(image, "n_frames", 1)
-        except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-            size = Path(item).stat().st_size if Path(item).is_file() else 0
-            cause = "the file is empty" if size == 0 else f"{error}"
-            raise UnreadableInput(f"{item}: not a readable image ({cause})") from error
-        except Image.DecompressionBombError as error:
-            raise UnreadableInput(f"{item}: {error}") from error
-        if frames > 1:
-            raise UnreadableInput(f"{item}: {frames} frames, expected a still image")
-        if image.mode not in EIGHT_BIT_MODES:
+@dataclass(kw_only=True)
+class PhotoPreprocessing(Pictures):
+    """timm's way for photos: the shorter side resized, the centre cropped.
+
+    Args:
+        img_size: height and width of the crop.
+        channels: 1 for grey levels, 3 for RGB.
+        mean: value per channel, on the scale 0 to 1, that becomes 0.
+        std: standard deviation per channel, which becomes 1.
+        crop_pct: the crop's share of the resized image's shorter side.
+        interpolation: bilinear or bicubic.
+        min_side: an image with a shorter side in pixels is refused: nothing can be seen in it.
+    """
+
+    img_size: int
+    channels: int
+    mean: list[float]
+    std: list[float]
+    crop_pct: float
+    interpolation: str
+    min_side: int
+
+    def convert(self, item: Any, name: str | None = None) -> Image.Image:
+        image = super().convert(item, name)
+        if min(image.size) < self.min_side:
             raise UnreadableInput(
-                f"{item}: pixels of mode {image.mode}, expected 8 bits per channel; convert it"
+                f"{name or item}: {image.width} x {image.height} pixels, expected sides of at "
+                f"least {self.min_side}; remove it, or lower data.min_side"
             )
         return image
+
+    def __call__(self, item: Any, name: str | None = None) -> Tensor:
+        return self._transform(self.convert(item, name))
+
+    @cached_property
+    def _transform(self) -> Callable[[Image.Image], Tensor]:
+        return create_transform(
+            self.img_size,
+            interpolation=self.interpolation,
+            mean=tuple(self.mean),
+            std=tuple(self.std),
+            crop_pct=self.crop_pct,
+        )
 
 
 class TensorImages(Dataset[Sample]):
@@ -88,6 +172,33 @@ class TensorImages(Dataset[Sample]):
 
     def __len__(self) -> int:
         return len(self.targets)
+
+
+class ImageFiles(Dataset[Sample]):
+    """Images that are read when they are asked for, with their classes.
+
+    Args:
+        sources: what stands for each image, such as its path.
+        targets: class of each image.
+        decode: what `fetch` gives to a sample's inputs.
+        fetch: a source to what `open_image` reads, and its name in messages.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Any],
+        targets: np.ndarray,
+        decode: Callable[..., Any],
+        fetch: Callable[[Any], tuple[Any, str]],
+    ) -> None:
+        self.sources, self.targets, self.decode, self.fetch = sources, targets, decode, fetch
+
+    def __getitem__(self, index: int) -> Sample:
+        item, name = self.fetch(self.sources[index])
+        return {"inputs": self.decode(item, name), "targets": int(self.targets[index])}
+
+    def __len__(self) -> int:
+        return len(self.sources)
 
 
 class ImageData(DataModule):
@@ -121,7 +232,7 @@ class ImageData(DataModule):
         self.mixup, self.cutmix, self.mix_probability = mixup, cutmix, mix_probability
 
     def mix(self, batch: Sample) -> Sample:
-        if not self.mixing:
+        if not self.mixing or len(batch["inputs"]) % 2:
             return batch
         blend = Mixup(
             self.mixup,
@@ -135,3 +246,365 @@ class ImageData(DataModule):
 
     def class_of_samples(self) -> np.ndarray:
         return np.asarray(self.train_set.targets)  # type: ignore[attr-defined]
+
+    def report(self, task: Any, folder: Path) -> None:
+        preprocessing = self.preprocessing
+        assert isinstance(preprocessing, Pictures)
+        reports.pictures_of_a_test(task, self.test_set, preprocessing, folder)
+
+
+@dataclass(kw_only=True)
+class PhotoAugmentation:
+    """timm's random changes of a training photo.
+
+    Args:
+        scale: least and largest share of the photo's area that a random crop covers.
+        ratio: least and largest width over height of a crop.
+        hflip: share of the photos that are mirrored.
+        vflip: share of the photos that are turned upside down.
+        color_jitter: strength of changes in brightness, contrast and saturation, where there is no
+            auto_augment.
+        auto_augment: a policy in timm's words, such as rand-m9-mstd0.5-inc1; null: none.
+        erase: share of the photos in which a rectangle becomes noise.
+    """
+
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (0.75, 1.3333)
+    hflip: float = 0.5
+    vflip: float = 0.0
+    color_jitter: float = 0.4
+    auto_augment: str | None = "rand-m9-mstd0.5-inc1"
+    erase: float = 0.25
+
+
+class PhotoData(ImageData):
+    """Photos that are decoded and augmented as they are read. A subclass finds them.
+
+    Args:
+        img_size: height and width of what the model sees.
+        channels: 1 for grey levels, 3 for RGB.
+        mean: value per channel, on the scale 0 to 1, that becomes 0.
+        std: standard deviation per channel, which becomes 1.
+        crop_pct: for validation and prediction, the crop's share of the resized shorter side.
+        interpolation: of resizing, bilinear or bicubic.
+        min_side: an image with a shorter side in pixels is refused.
+        augmentation: random changes of the training photos.
+        unreadable: error: a file that cannot be read ends training with a sentence; skip: all files
+            are read once before training, and those that cannot be read are named and left out.
+        batch_size: images per step and device.
+        num_workers: processes that decode and augment; 0 does it in the training process.
+        balanced: draw every class equally often while training, with replacement.
+        mixup: alpha of the blending of two images; 0: none.
+        cutmix: alpha of pasting a piece of one image into another; 0: none.
+        mix_probability: share of the batches that are mixed.
+    """
+
+    def __init__(
+        self,
+        *,
+        img_size: int = 224,
+        channels: Literal[1, 3] = 3,
+        mean: list[float] | None = None,
+        std: list[float] | None = None,
+        crop_pct: float = 0.9,
+        interpolation: str = "bicubic",
+        min_side: int = 16,
+        augmentation: PhotoAugmentation = PhotoAugmentation(),  # noqa: B008  frozen by use
+        unreadable: Literal["error", "skip"] = "error",
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        self.img_size, self.channels, self.crop_pct = img_size, channels, crop_pct
+        self.mean = list(mean or (IMAGENET_DEFAULT_MEAN if channels == 3 else [0.5]))
+        self.std = list(std or (IMAGENET_DEFAULT_STD if channels == 3 else [0.5]))
+        if not len(self.mean) == len(self.std) == channels:
+            raise ValueError(
+                f"data.mean is {self.mean} and data.std {self.std}, expected one value for each of "
+                f"the {channels} channels"
+            )
+        self.interpolation, self.min_side = interpolation, min_side
+        self.augmentation, self.unreadable = augmentation, unreadable
+
+    @property
+    def preprocessing(self) -> PhotoPreprocessing:
+        return PhotoPreprocessing(
+            img_size=self.img_size,
+            channels=self.channels,
+            mean=self.mean,
+            std=self.std,
+            crop_pct=self.crop_pct,
+            interpolation=self.interpolation,
+            min_side=self.min_side,
+        )
+
+    def augment(self, sample: Sample) -> Sample:
+        return {**sample, "inputs": self._random_transform(sample["inputs"])}
+
+    @cached_property
+    def _random_transform(self) -> Callable[[Image.Image], Tensor]:
+        options = self.augmentation
+        return create_transform(
+            self.img_size,
+            is_training=True,
+            scale=options.scale,
+            ratio=options.ratio,
+            hflip=options.hflip,
+            vflip=options.vflip,
+            color_jitter=options.color_jitter,
+            auto_augment=options.auto_augment,
+            re_prob=options.erase,
+            re_mode="pixel",
+            interpolation=self.interpolation,
+            mean=tuple(self.mean),
+            std=tuple(self.std),
+        )
+
+    def files(
+        self,
+        sources: Sequence[Any],
+        targets: Sequence[int],
+        fetch: Callable[[Any], tuple[Any, str]],
+        *,
+        training: bool = False,
+    ) -> ImageFiles:
+        """A data set of images: as pictures to be augmented for training, else as tensors."""
+        preprocessing = self.preprocessing
+        decode = preprocessing.convert if training else preprocessing
+        classes = np.asarray(targets)
+        if self.unreadable == "skip":
+            keep = _readable(sources, fetch, preprocessing)
+            sources, classes = [sources[i] for i in keep], classes[keep]
+        return ImageFiles(sources, classes, decode, fetch)
+
+
+class ImageFolder(PhotoData):
+    """Photos in a folder for each class, such as flowers/rose/1.jpg.
+
+    Where `folder` holds the folders train and val (and test), these are the parts; without test the
+    validation photos are tested on. Else every folder in it is a class, and fixed, stratified parts
+    are held out.
+
+    Args:
+        folder: the folder.
+        val_fraction: part of the photos that chooses the epoch, where there is no folder val.
+        test_fraction: part of the photos to test on, where there is no folder train.
+        options: those of PhotoData.
+    """
+
+    def __init__(
+        self,
+        *,
+        folder: str,
+        val_fraction: float = 0.1,
+        test_fraction: float = 0.2,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        if min(val_fraction, test_fraction) <= 0 or val_fraction + test_fraction >= 1:
+            raise ValueError(
+                f"data.val_fraction is {val_fraction} and data.test_fraction {test_fraction}, "
+                "expected above 0 and together below 1"
+            )
+        self.folder = Path(folder)
+        self.val_fraction, self.test_fraction = val_fraction, test_fraction
+
+    def setup(self, stage: str) -> None:
+        given = (self.folder / "train").is_dir()
+        parts = self._given_parts() if given else self._held_out_parts()
+        self.train_set, self.val_set, self.test_set = (
+            self.files(*part, fetch=_path_itself, training=i == 0) for i, part in enumerate(parts)
+        )
+
+    def _given_parts(self) -> list[tuple[list[str], list[int]]]:
+        found = {part: _classes_in(self.folder / part) for part in ("train", "val")}
+        has_test = (self.folder / "test").is_dir()
+        found["test"] = _classes_in(self.folder / "test") if has_test else found["val"]
+        self.labels = _checked_labels(found["train"], self.folder / "train")
+        for part in ("val", "test"):
+            for name in found[part].keys() - set(self.labels):
+                raise ValueError(
+                    f"{self.folder / part / name}: a class that {self.folder / 'train'} does not "
+                    "have; training would never see it: move it, remove it or correct its name"
+                )
+        return [_listed(found[part], self.labels) for part in ("train", "val", "test")]
+
+    def _held_out_parts(self) -> list[tuple[list[str], list[int]]]:
+        found = _classes_in(self.folder)
+        self.labels = _checked_labels(found, self.folder)
+        few = min(found, key=lambda name: len(found[name]))
+        if len(found[few]) < 3:
+            raise ValueError(
+                f"{self.folder / few} holds {len(found[few])} images; training, validation and "
+                "test need one each, or give them in folders train, val and test"
+            )
+        paths, targets = _listed(found, self.labels)
+        return held_out(paths, targets, self.val_fraction, self.test_fraction)
+
+
+class TimmImages(PhotoData):
+    """Images by any reader of timm that can be asked for its n-th image.
+
+    Args:
+        reader: timm's name: "" for a folder of classes or a .tar of one, hfds/NAME for a data set
+            of Hugging Face (which needs `pip install datasets`).
+        root: the folder, the archive, or where a downloaded data set is kept.
+        train_split: the reader's name of the part to train on; a folder or an archive in `root`
+            with the reader "".
+        val_split: what chooses the epoch; null: a fixed, stratified tenth of the training images.
+        test_split: what is tested on; null: the validation images.
+        options: those of PhotoData.
+    """
+
+    def __init__(
+        self,
+        *,
+        reader: str,
+        root: str,
+        train_split: str = "train",
+        val_split: str | None = None,
+        test_split: str | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        self.reader, self.root = reader, root
+        self.splits = (train_split, val_split, test_split)
+
+    def setup(self, stage: str) -> None:
+        train_split, val_split, test_split = self.splits
+        train, targets = self._read(train_split)
+        self.labels = _labels_of(train, targets)
+        everything = np.arange(len(targets))
+        if val_split is None:
+            (fit, fit_targets), (held, held_targets), _ = held_out(everything, targets, 0.1, 0.0)
+            val, fetch_val = (held, held_targets), _Fetch(train)
+        else:
+            fit, fit_targets = everything, targets
+            val, fetch_val = self._part(val_split)
+        self.train_set = self.files(fit, fit_targets, _Fetch(train), training=True)
+        self.val_set = self.files(*val, fetch_val)
+        if test_split is None:
+            self.test_set = self.val_set
+        else:
+            test, fetch_test = self._part(test_split)
+            self.test_set = self.files(*test, fetch_test)
+
+    def _part(self, split: str) -> tuple[tuple[Any, Any], "_Fetch"]:
+        reader, targets = self._read(split)
+        if max(targets) >= len(self.labels) or _labels_of(reader, targets, self.labels) != (
+            self.labels
+        ):
+            raise ValueError(
+                f"{self.reader or self.root}: the part {split} has other classes than the training "
+                f"part, {', '.join(self.labels[:10])}; give parts of one data set"
+            )
+        return (np.arange(len(targets)), targets), _Fetch(reader)
+
+    def _read(self, split: str) -> tuple[Any, list[int]]:
+        """timm's reader of a part, and the class of each of its images."""
+        root = str(Path(self.root) / split) if self.reader == "" else self.root
+        try:
+            reader = create_reader(self.reader, root, split)
+        except AssertionError as error:
+            raise ValueError(f"{root} does not exist; expected a folder or a .tar") from error
+        if not hasattr(reader, "__getitem__"):
+            raise ValueError(
+                f"data.reader is {self.reader!r}, which streams; training here draws images by "
+                "number: use a reader such as hfds/ or a folder"
+            )
+        return reader, _targets_of(reader)
+
+
+class _Fetch:
+    """The n-th image of a timm reader, and its name; a class so that workers can be sent it."""
+
+    def __init__(self, reader: Any) -> None:
+        self.reader = reader
+
+    def __call__(self, index: int) -> tuple[Any, str]:
+        item, _ = self.reader[int(index)]
+        return item, str(self.reader.filename(int(index), absolute=True))
+
+
+def held_out(
+    sources: Sequence[Any], targets: Sequence[int], val_fraction: float, test_fraction: float
+) -> list[tuple[list[Any], list[int]]]:
+    """Training, validation and test parts of images: fixed, disjoint, stratified by class."""
+    fit, classes = np.arange(len(targets)), np.asarray(targets)
+    parts: list[np.ndarray] = []
+    for fraction in (test_fraction, val_fraction / (1 - test_fraction)):
+        held: np.ndarray = fit[:0]
+        if fraction:
+            count = max(round(fraction * len(fit)), len(np.unique(classes)))
+            fit, held = train_test_split(
+                fit, test_size=count, stratify=classes[fit], random_state=0
+            )
+        parts.append(held)
+    test, val = parts
+    return [([sources[i] for i in p], [int(targets[i]) for i in p]) for p in (fit, val, test)]
+
+
+def _path_itself(path: str) -> tuple[str, str]:
+    return path, path
+
+
+def _classes_in(folder: Path) -> dict[str, list[str]]:
+    """Image files by the name of the folder that they are in."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder} does not exist; expected a folder with one folder per class")
+    names = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    return {name: files_under(str(folder / name), IMAGE_SUFFIXES, "image files") for name in names}
+
+
+def _checked_labels(found: dict[str, list[str]], folder: Path) -> list[str]:
+    if len(found) < 2:
+        raise ValueError(
+            f"{folder} holds the classes {list(found)}; expected two or more folders, one for each "
+            "class of images"
+        )
+    return list(found)
+
+
+def _listed(found: dict[str, list[str]], labels: list[str]) -> tuple[list[str], list[int]]:
+    pairs = [(path, labels.index(name)) for name, paths in found.items() for path in paths]
+    return [path for path, _ in pairs], [target for _, target in pairs]
+
+
+def _targets_of(reader: Any) -> list[int]:
+    """The class of each image of a timm reader, without decoding any."""
+    if hasattr(reader, "targets"):
+        return [int(target) for target in reader.targets]
+    if hasattr(reader, "samples"):
+        return [int(target) for _, target in reader.samples]
+    return [int(target) for target in reader.dataset[reader.label_key]]
+
+
+def _labels_of(reader: Any, targets: list[int], given: list[str] | None = None) -> list[str]:
+    """Class names of a timm reader; `given` where it has none of its own, or else its numbers."""
+    names = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None)
+    if names:
+        return [name for name, _ in sorted(names.items(), key=lambda item: item[1])]
+    features = getattr(getattr(reader, "dataset", None), "features", {})
+    own = getattr(features.get(getattr(reader, "label_key", "")), "names", None)
+    return list(own or given or map(str, range(max(targets) + 1)))
+
+
+def _readable(
+    sources: Sequence[Any], fetch: Callable[[Any], tuple[Any, str]], preprocessing: Pictures
+) -> list[int]:
+    """Which sources can be read; the others are named on standard error."""
+
+    def problem(source: Any) -> str | None:
+        try:
+            preprocessing.convert(*fetch(source))
+        except UnreadableInput as error:
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor() as pool:
+        problems = list(pool.map(problem, sources))
+    bad = [text for text in problems if text]
+    for text in bad:
+        print(f"left out: {text}", file=sys.stderr)
+    if bad:
+        print(f"{len(bad)} of {len(sources)} images could not be read", file=sys.stderr)
+    return [i for i, text in enumerate(problems) if text is None]

@@ -16,11 +16,11 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
 
-from mamba2_apps.data import DataModule, Sample
-from mamba2_apps.vision.data import ImagePreprocessing, TensorImages
+from mamba2_apps.data import Sample
+from mamba2_apps.vision.data import ImageData, ImagePreprocessing, TensorImages
 
 
-class Digits(DataModule):
+class Digits(ImageData):
     """1,797 scans of handwritten digits, 8 x 8 pixels of 0 to 16.
 
     A fixed, stratified quarter is the test set. A fixed, stratified part of the rest chooses the
