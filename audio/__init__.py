@@ -1,1 +1,1 @@
-"""Audio: frames of sound, as a domain of mamba2_apps."""
+"""Audio: a recording becomes frames, or patches of its spectrogram, as they are heard."""

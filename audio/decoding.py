@@ -1,0 +1,228 @@
+"""Sound files to samples: decoding that notices what is missing, and resampling.
+
+Dimensions: channels c · samples n
+"""
+
+import re
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import soundfile
+import torch
+from torch import Tensor
+from torchaudio.transforms import Resample
+
+from mamba2_apps.data import UnreadableInput
+
+SOUNDFILE_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".aiff", ".aif", ".au")
+PYAV_SUFFIXES = (".m4a", ".aac", ".mp4", ".mkv", ".mka", ".webm", ".wma", ".mov", ".amr")
+AUDIO_SUFFIXES = SOUNDFILE_SUFFIXES + PYAV_SUFFIXES
+
+
+class Recording(NamedTuple):
+    """Decoded sound: samples (c, n) float32, full scale from -1 to 1, and samples per second."""
+
+    samples: Tensor
+    rate: int
+
+    @property
+    def seconds(self) -> float:
+        return self.samples.shape[1] / self.rate
+
+
+class Header(NamedTuple):
+    """What a file says of itself, without its samples being decoded."""
+
+    rate: int
+    channels: int
+    seconds: float
+
+
+def read_header(path: str | Path) -> Header:
+    """Rate, channels and length of a file. Raises UnreadableInput as `read_audio` does."""
+    if Path(path).suffix.lower() in PYAV_SUFFIXES:
+        samples, rate = read_audio(path)
+        return Header(rate, len(samples), samples.shape[1] / rate)
+    with _open(path) as file:
+        _check_promise(path, file)
+        if file.frames == 0:
+            raise UnreadableInput(f"{path}: 0 samples")
+        return Header(file.samplerate, file.channels, file.frames / file.samplerate)
+
+
+def read_audio(
+    path: str | Path, *, start: float = 0.0, end: float | None = None, whole: bool = True
+) -> Recording:
+    """Decode a file, or a part of it.
+
+    wav, flac, mp3, ogg, opus, aiff and au are read by soundfile, containers such as m4a, mp4 and
+    webm by PyAV (`pip install 'mamba2-apps[media]'`); the file's suffix decides.
+
+    Args:
+        path: the file.
+        start: first second of the part.
+        end: the second at which the part ends; None: the end of the file.
+        whole: refuse a file that holds less than it promises.
+
+    Raises UnreadableInput, which names the file, for what cannot be decoded or is cut short, for no
+    samples, for samples that are not finite, and for a part that lies outside.
+    """
+    if Path(path).suffix.lower() in PYAV_SUFFIXES:
+        samples, rate = _read_pyav(path)
+        samples = samples[:, _part(path, start, end, rate, samples.shape[1])]
+    else:
+        samples, rate = _read_soundfile(path, start, end, whole)
+    if samples.shape[1] == 0:
+        raise UnreadableInput(f"{path}: 0 samples")
+    finite = np.isfinite(samples)
+    if not finite.all():
+        raise UnreadableInput(
+            f"{path}: {samples.size - int(finite.sum())} of {samples.size} samples are NaN or "
+            "infinite; export the file again"
+        )
+    return Recording(torch.from_numpy(samples), rate)
+
+
+def resample(samples: Tensor, rate: int, new_rate: int) -> Tensor:
+    """Samples (..., n) at `rate` to (..., ceil(n · new_rate / rate)) at `new_rate`.
+
+    torchaudio's windowed sinc, whose kernel is computed once for each pair of rates.
+    """
+    return samples if rate == new_rate else resampler(rate, new_rate)(samples)
+
+
+@lru_cache(maxsize=32)
+def resampler(rate: int, new_rate: int) -> Resample:
+    """The filter from one rate to another, kept."""
+    for value in (rate, new_rate):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"sampling rate {value!r}, expected a positive whole number of Hz")
+    return Resample(rate, new_rate)
+
+
+def mix_down(samples: Tensor, channel: int | None, name: Any = "input") -> Tensor:
+    """Samples (c, n) to one channel (n,): their mean, or the channel of that index.
+
+    Raises UnreadableInput where there is no such channel.
+    """
+    if channel is None:
+        return samples.mean(0)
+    if not 0 <= channel < len(samples):
+        raise UnreadableInput(f"{name}: channel {channel} was asked for, it has {len(samples)}")
+    return samples[channel]
+
+
+def _read_soundfile(
+    path: str | Path, start: float, end: float | None, whole: bool
+) -> tuple[np.ndarray, int]:
+    with _open(path) as file:
+        if whole:
+            _check_promise(path, file)
+        part = _part(path, start, end, file.samplerate, file.frames)
+        promised = part.stop - part.start
+        try:
+            file.seek(part.start)
+            samples = file.read(promised, dtype="float32", always_2d=True)
+        except soundfile.LibsndfileError as error:
+            raise UnreadableInput(f"{path}: cannot be decoded ({_cause(error)})") from error
+        if whole and len(samples) < promised:
+            raise UnreadableInput(
+                f"{path}: truncated: {len(samples)} of {promised} samples; fetch the file again"
+            )
+        return np.ascontiguousarray(samples.T), file.samplerate
+
+
+def _open(path: str | Path) -> soundfile.SoundFile:
+    if not Path(path).is_file():
+        raise UnreadableInput(f"{path}: does not exist")
+    try:
+        return soundfile.SoundFile(str(path))
+    except (soundfile.LibsndfileError, TypeError) as error:
+        cause = "the file is empty" if Path(path).stat().st_size == 0 else _cause(error)
+        raise UnreadableInput(f"{path}: not a readable sound file ({cause})") from error
+
+
+def _check_promise(path: str | Path, file: soundfile.SoundFile) -> None:
+    """Raise UnreadableInput where a file ends before its own header or its stream says.
+
+    libsndfile takes the length of a cut wav, aiff or ogg file from what is left, without an error.
+    """
+    match = re.search(r"(?:data|SSND) *: *(\d+) \(should be (\d+)\)", file.extra_info)
+    # A header written before the end was known, as into a pipe, holds 0 or the largest number.
+    if match and 0 < int(match[1]) < 2**31 - 2 and int(match[2]) < int(match[1]):
+        raise UnreadableInput(
+            f"{path}: truncated: {match[2]} of {match[1]} bytes of sound; fetch the file again"
+        )
+    if file.format == "OGG" and not _ogg_has_ended(Path(path)):
+        raise UnreadableInput(
+            f"{path}: truncated: its last page does not end the stream; fetch the file again"
+        )
+
+
+def _ogg_has_ended(path: Path) -> bool:
+    """Whether the last page is marked as the end of its stream (RFC 3533) and is whole."""
+    with path.open("rb") as file:
+        file.seek(0, 2)
+        file.seek(max(0, file.tell() - 2**17))  # a page has less than 2^16 bytes
+        tail = file.read()
+    page = tail[tail.rfind(b"OggS") :]
+    if len(page) < 27 or len(page) < 27 + page[26]:
+        return False
+    length = 27 + page[26] + sum(page[27 : 27 + page[26]])
+    return bool(page[5] & 4) and len(page) >= length
+
+
+def _read_pyav(path: str | Path) -> tuple[np.ndarray, int]:
+    try:
+        import av
+    except ImportError as error:
+        raise UnreadableInput(
+            f"{path}: files of this kind are read by PyAV; pip install 'mamba2-apps[media]'"
+        ) from error
+    if not Path(path).is_file():
+        raise UnreadableInput(f"{path}: does not exist")
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.audio:
+                raise UnreadableInput(f"{path}: has no sound in it")
+            stream = container.streams.audio[0]
+            rate = stream.rate
+            # Only the type changes: samples as planes of float.
+            convert = av.AudioResampler(format="fltp", layout=stream.layout, rate=rate)
+            frames = [
+                part for frame in container.decode(stream) for part in convert.resample(frame)
+            ]
+            frames += convert.resample(None)
+            promised = (
+                stream.duration * stream.time_base if stream.duration and stream.time_base else None
+            )
+    except av.FFmpegError as error:
+        raise UnreadableInput(f"{path}: not a readable sound file ({error.strerror})") from error
+    if not frames:
+        raise UnreadableInput(f"{path}: 0 samples")
+    samples = np.concatenate([frame.to_ndarray() for frame in frames], axis=1)
+    # Codecs cut or pad by up to some frames of theirs; a tenth of a second is more than that.
+    if promised is not None and samples.shape[1] / rate < float(promised) - 0.1:
+        raise UnreadableInput(
+            f"{path}: truncated: {samples.shape[1] / rate:.2f} of {float(promised):.2f} seconds; "
+            "fetch the file again"
+        )
+    return samples.astype(np.float32, copy=False), rate
+
+
+def _part(path: str | Path, start: float, end: float | None, rate: int, frames: int) -> slice:
+    first = round(start * rate)
+    last = frames if end is None else round(end * rate)
+    # Tables are rounded to milliseconds: a part may end a few samples after the file.
+    if not 0 <= first < max(last, 1) or last > frames + 0.002 * rate:
+        raise UnreadableInput(
+            f"{path}: the part from {start} to {'its end' if end is None else end} s does not lie "
+            f"within its {frames / rate:.3f} s"
+        )
+    return slice(first, min(last, frames))
+
+
+def _cause(error: Exception) -> str:
+    return str(error).split(": ", 1)[-1].strip().rstrip(".")

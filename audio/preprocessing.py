@@ -1,0 +1,177 @@
+"""Recordings to samples and batches.
+
+Dimensions: batch b · channels c · samples n · frames t · classes k
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from mamba2_apps.audio.decoding import AUDIO_SUFFIXES, Recording, mix_down, read_audio, resample
+from mamba2_apps.audio.manifest import Clip
+from mamba2_apps.data import Preprocessing, Sample, UnreadableInput, files_under
+from mamba2_apps.tasks.tokens import IGNORE
+
+FRAME_SECONDS = 0.010
+"""Resolution of event targets."""
+MIN_PEAK = 1e-4
+
+
+@dataclass(kw_only=True)
+class AudioPreprocessing(Preprocessing):
+    """A sound file, a `Recording`, or samples (n,) or (c, n) at `sample_rate`, to samples (n,).
+
+    Args:
+        sample_rate: samples per second that the model takes; others are resampled.
+        channel: index of the channel that is used; null: the mean of all.
+        level: "peak" scales each clip to a largest sample of 1, which a stream cannot; "none".
+    """
+
+    sample_rate: int
+    channel: int | None = None
+    level: Literal["none", "peak"] = "none"
+
+    def __post_init__(self) -> None:
+        if self.level not in ("none", "peak"):
+            raise ValueError(f"data.level is {self.level!r}, expected none or peak")
+
+    def find(self, source: str) -> list[str]:
+        return files_under(source, AUDIO_SUFFIXES, "sound files")
+
+    def __call__(self, item: Any) -> Tensor:
+        name, channel = "the samples", self.channel
+        if isinstance(item, Clip):
+            name, channel = item.name, self.channel if item.channel is None else item.channel
+            recording = read_audio(item.path, start=item.start, end=item.end)
+        elif isinstance(item, str | Path):
+            name, recording = str(item), read_audio(item)
+        else:
+            recording = self._given(item)
+        samples = mix_down(recording.samples, channel, name)
+        samples = resample(samples, recording.rate, self.sample_rate)
+        return self.scaled(samples)
+
+    def scaled(self, samples: Tensor) -> Tensor:
+        """Samples (n,) at the level that the model takes."""
+        if self.level == "none":
+            return samples
+        return samples / samples.abs().max().clamp(min=MIN_PEAK)
+
+    def collate(self, samples: Sequence[Sample]) -> Sample:
+        """Pad inputs with zeros, and say by "mask" (b, n) where they are longer than the clip.
+
+        Targets that are sequences are padded too: text (s,) int64 with -100, frames (t, k) with
+        NaN.
+        """
+        inputs = [sample["inputs"] for sample in samples]
+        lengths = torch.tensor([len(x) for x in inputs])
+        batch = {"inputs": nn.utils.rnn.pad_sequence(inputs, batch_first=True)}
+        if (lengths != lengths[0]).any():
+            batch["mask"] = torch.arange(batch["inputs"].shape[1]) < lengths[:, None]
+        if "targets" in samples[0]:
+            batch["targets"] = _padded([sample["targets"] for sample in samples])
+        return batch
+
+    def example(self) -> Sample:
+        """An input to trace a model with: a second of quiet noise."""
+        noise = torch.randn(self.sample_rate, generator=torch.Generator().manual_seed(0))
+        return {"inputs": 0.01 * noise}
+
+    def answerer(
+        self, sources: Sequence[str], *, output: Path | None, stream: bool
+    ) -> Callable[..., Iterator[dict[str, Any]]] | None:
+        if not stream:
+            return None
+        from mamba2_apps.audio.streaming import answer_streams
+
+        def answer(
+            task: Any, *, rate: int | None = None, format: str = "s16le", channels: int = 1
+        ) -> Iterator[dict[str, Any]]:
+            return answer_streams(
+                task, self, sources, rate=rate, sample_format=format, channels=channels
+            )
+
+        return answer
+
+    def _given(self, item: Any) -> Recording:
+        if isinstance(item, Recording):
+            return item
+        samples = torch.as_tensor(item)
+        if not samples.is_floating_point() or samples.ndim not in (1, 2) or not samples.numel():
+            raise UnreadableInput(
+                f"samples of {samples.dtype} and shape {tuple(samples.shape)}, expected floats of "
+                "-1 to 1, (samples,) or (channels, samples)"
+            )
+        if not samples.isfinite().all():
+            raise UnreadableInput("some samples are NaN or infinite, expected -1 to 1")
+        return Recording(torch.atleast_2d(samples.float()), self.sample_rate)
+
+
+class ClipDataset(Dataset[Sample]):
+    """Clips decoded on demand; a small set is kept in memory once it was.
+
+    Args:
+        clips: to decode.
+        preprocessing: what is done to them.
+        encode: gives the targets of a clip of that many samples; None: there are none.
+        crop: training on random parts of this many samples; None: on whole clips.
+        keep: keep decoded clips in memory.
+    """
+
+    def __init__(
+        self,
+        clips: Sequence[Clip],
+        preprocessing: AudioPreprocessing,
+        encode: Callable[[Clip, int], Tensor] | None,
+        *,
+        crop: int | None = None,
+        keep: bool = False,
+    ) -> None:
+        self.clips, self.preprocessing, self.encode = list(clips), preprocessing, encode
+        self.crop = crop
+        self.kept: dict[int, Tensor] | None = {} if keep else None
+
+    def samples(self, index: int) -> Tensor:
+        """The whole clip (n,)."""
+        if self.kept is None:
+            return self.preprocessing(self.clips[index])
+        if index not in self.kept:
+            self.kept[index] = self.preprocessing(self.clips[index])
+        return self.kept[index]
+
+    def __getitem__(self, index: int) -> Sample:
+        samples = self.samples(index)
+        sample: Sample = {"inputs": samples}
+        if self.encode is not None:
+            sample["targets"] = self.encode(self.clips[index], len(samples))
+        if self.crop is not None and len(samples) > self.crop:
+            sample = self._cropped(sample, int(torch.randint(len(samples) - self.crop + 1, ())))
+        return sample
+
+    def _cropped(self, sample: Sample, start: int) -> Sample:
+        assert self.crop is not None
+        cropped = {**sample, "inputs": sample["inputs"][start : start + self.crop]}
+        if "targets" in sample and sample["targets"].ndim == 2:
+            hop = round(FRAME_SECONDS * self.preprocessing.sample_rate)
+            first = start // hop
+            cropped["inputs"] = sample["inputs"][first * hop : first * hop + self.crop]
+            frames = -(-self.crop // hop)
+            cropped["targets"] = sample["targets"][first : first + frames]
+        return cropped
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+
+def _padded(targets: Sequence[Tensor]) -> Tensor:
+    first = targets[0]
+    if first.ndim == 2:
+        return nn.utils.rnn.pad_sequence(list(targets), batch_first=True, padding_value=torch.nan)
+    if first.ndim == 1 and not first.is_floating_point():
+        return nn.utils.rnn.pad_sequence(list(targets), batch_first=True, padding_value=IGNORE)
+    return torch.stack(list(targets))
