@@ -99,8 +99,10 @@ class SequenceModel(nn.Module):
         embeddings, mask = self.adapter(inputs, mask, **options)
         return self.backbone(embeddings, mask=mask), mask
 
-    def forward(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
-        hidden, mask = self.features(inputs, mask)
+    def forward(
+        self, inputs: Tensor, mask: Tensor | None = None, hide: Tensor | None = None
+    ) -> Tensor:
+        hidden, mask = self.features(inputs, mask, hide)
         return self.head(hidden, mask)
 
     def embed(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -97,8 +97,7 @@ class MaskedReconstruction(Pretraining):
         return {**batch, "hide": hide, "weights": batch["weights"] * hide}
 
     def forward(self, batch: dict[str, Any]) -> Tensor:
-        hidden, mask = self.model.features(batch["inputs"], batch.get("mask"), batch.get("hide"))  # type: ignore[operator]
-        return self.model.head(hidden, mask)  # type: ignore[operator]
+        return self.model(batch["inputs"], batch.get("mask"), batch.get("hide"))
 
     def predictions(self, outputs: Tensor, batch: dict[str, Any]) -> list[dict[str, Any]]:
         raise ValueError(
