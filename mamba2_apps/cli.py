@@ -130,6 +130,23 @@ def _parser() -> argparse.ArgumentParser:
         "--device", help="such as cpu or cuda:0 (default: a GPU where there is one)"
     )
 
+    embed = command("embed", _embed, "write a vector for each file into an .npz")
+    embed.add_argument("run", type=Path, metavar="RUN")
+    embed.add_argument("inputs", nargs="+", metavar="INPUT", help="files or folders of them")
+    embed.add_argument("--output", type=Path, default=Path("embeddings.npz"), help="the .npz")
+    embed.add_argument("--batch-size", type=int, default=64)
+    embed.add_argument("--device", help="such as cpu or cuda:0 (default: a GPU where there is one)")
+
+    export = command("export", _export, "write a run's model for other programs")
+    export.add_argument("run", type=Path, metavar="RUN")
+    export.add_argument(
+        "--format",
+        required=True,
+        choices=("safetensors", "torch", "onnx"),
+        help="weights, a program for torch.export.load, or an ONNX graph",
+    )
+    export.add_argument("--output", type=Path, help="file to write (default: in RUN/export)")
+
     generate = command("generate", _generate, "continue a text with a language model's checkpoint")
     generate.add_argument(
         "checkpoint", metavar="CHECKPOINT", help="a folder, or a name on the Hugging Face Hub"
@@ -261,6 +278,40 @@ def _predict_batches(model: Any, arguments: argparse.Namespace) -> int:
     if unreadable:
         print(f"{PROG}: {unreadable} of {len(items)} inputs could not be read", file=sys.stderr)
     return 1 if unreadable == len(items) else 0
+
+
+def _embed(arguments: argparse.Namespace) -> int:
+    import numpy as np
+
+    from mamba2_apps import predictor
+    from mamba2_apps.files import replacing
+
+    if arguments.batch_size < 1:
+        raise ValueError(f"--batch-size is {arguments.batch_size}, expected at least 1")
+    model = predictor.load(arguments.run, arguments.device)
+    items = model.find(arguments.inputs)
+    names, vectors = model.embed_named(
+        items,
+        batch_size=arguments.batch_size,
+        on_error=lambda error: print(f"{PROG}: {error}", file=sys.stderr),
+    )
+    with replacing(arguments.output) as partial, partial.open("wb") as file:
+        np.savez(file, inputs=np.array(names), embeddings=vectors)
+    print(f"{arguments.output}: inputs ({len(names)},), embeddings {vectors.shape}")
+    if len(names) < len(items):
+        left = len(items) - len(names)
+        print(f"{PROG}: {left} of {len(items)} inputs could not be read", file=sys.stderr)
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from mamba2_apps import export
+
+    suffix = export.SUFFIXES[arguments.format]
+    output = arguments.output or arguments.run / "export" / f"model{suffix}"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    print(f"{output}: {export.export(arguments.run, output, arguments.format)}")
+    return 0
 
 
 def _options_of(function: Callable[..., Any], words: list[str]) -> dict[str, Any]:

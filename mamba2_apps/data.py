@@ -50,6 +50,13 @@ class Preprocessing(ABC):
         """Stack samples into a batch."""
         return default_collate(list(samples))
 
+    def example(self) -> Sample:
+        """An input of the usual shape, to trace a model with. Raises ValueError: there is none."""
+        raise ValueError(
+            f"{type(self).__name__} has no one shape of inputs to trace a graph with; "
+            "--format safetensors exports the weights"
+        )
+
     def answerer(
         self, sources: Sequence[str], *, output: Path | None, stream: bool
     ) -> Callable[..., Iterator[dict[str, Any]]] | None:

@@ -78,13 +78,24 @@ class Predictor:
         on_error: Callable[[UnreadableInput], None] | None = None,
     ) -> np.ndarray:
         """One vector per input, (inputs, d_model) float32."""
-        rows = []
-        for _, batch in self._batches(inputs, batch_size, on_error):
+        return self.embed_named(inputs, batch_size=batch_size, on_error=on_error)[1]
+
+    def embed_named(
+        self,
+        inputs: Any,
+        *,
+        batch_size: int = 64,
+        on_error: Callable[[UnreadableInput], None] | None = None,
+    ) -> tuple[list[Any], np.ndarray]:
+        """The inputs that could be read (path or position), and their vectors as `embed` does."""
+        names, rows = [], []
+        for group, batch in self._batches(inputs, batch_size, on_error):
             with torch.inference_mode():
                 rows.append(self.task.embed(batch).float().cpu())
+            names += group
         if not rows:
             raise ValueError("none of the inputs could be read; nothing to embed")
-        return torch.cat(rows).numpy()
+        return names, torch.cat(rows).numpy()
 
     def find(self, sources: Any) -> list[Any]:
         """Every input that `sources` stand for. Raises ValueError for a path that holds none."""

@@ -66,7 +66,7 @@ def test_a_resumed_loader_goes_on_where_it_was(digits):
     whole = batches(digits.train_dataloader())
     resumed = Digits(batch_size=100)
     resumed.setup("fit")
-    resumed.load_state_dict({"epoch": 0, "batches_done": 4})
+    resumed.load_state_dict({"epoch": 0, "samples_done": 400})
     rest = batches(resumed.train_dataloader())
     assert len(rest) == len(whole) - 4
     assert all(map(torch.equal, rest, whole[4:]))

@@ -4,6 +4,7 @@ Dimensions: batch b · channels c · height H · width W · classes k
 """
 
 import sys
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -76,6 +77,14 @@ class Pictures(Preprocessing):
     def find(self, source: str) -> list[str]:
         return files_under(source, IMAGE_SUFFIXES, "image files")
 
+    def example(self) -> Sample:
+        return {"inputs": torch.zeros(self.channels, *self.size)}
+
+    @property
+    @abstractmethod
+    def size(self) -> tuple[int, int]:
+        """Height and width of the tensors."""
+
     def convert(self, item: Any, name: str | None = None) -> Image.Image:
         """An image of `channels` channels. Raises UnreadableInput."""
         return open_image(item, name).convert({1: "L", 3: "RGB"}[self.channels])
@@ -108,6 +117,10 @@ class ImagePreprocessing(Pictures):
     mean: list[float]
     std: list[float]
 
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.height, self.width
+
     def __call__(self, item: Any, name: str | None = None) -> Tensor:
         image = self.convert(item, name)
         if image.size != (self.width, self.height):
@@ -137,6 +150,10 @@ class PhotoPreprocessing(Pictures):
     crop_pct: float
     interpolation: str
     min_side: int
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.img_size, self.img_size
 
     def convert(self, item: Any, name: str | None = None) -> Image.Image:
         image = super().convert(item, name)

@@ -562,6 +562,11 @@ class TimmModel(nn.Module):
         """The Backbone of our own models. Raises AttributeError for the others."""
         return self.model.backbone
 
+    @property
+    def portable(self) -> nn.Module:
+        """The timm model itself, whose weights timm.create_model(name, checkpoint_path=…) reads."""
+        return self.model
+
     def no_weight_decay(self) -> set[str]:
         return {f"model.{name}" for name in getattr(self.model, "no_weight_decay", set)()}
 

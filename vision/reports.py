@@ -74,7 +74,7 @@ def saliency_picture(
     for column, (image, shade) in enumerate(zip(inputs, maps, strict=True)):
         _show(axes[0, column], preprocessing.pixels(image).numpy())
         axes[0, column].set_title(task.labels[answers[column]], fontsize=8)
-        axes[1, column].imshow(shade, cmap="magma")
+        axes[1, column].imshow(shade.numpy(), cmap="magma")
         for axis in axes[:, column]:
             axis.set_axis_off()
     figure.suptitle("What each answer hangs on", fontsize=10)
