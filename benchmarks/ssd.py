@@ -267,16 +267,18 @@ def compare(shapes: list[str], peers: list[str], ceilings: dict[str, float]) -> 
 
 
 def sweep(peers: list[str]) -> dict[str, Any]:
-    """Forward over lengths at 256k tokens (b · l), and over dstate at lm_4k's sizes."""
-    tokens = 1 << 18
+    """Forward over lengths at 1M tokens (b · l), and over dstate at lm_4k's sizes."""
+    tokens = 1 << 20
     lengths: dict[str, Any] = {}
-    for l in [1 << power for power in range(9, 19)]:
+    for l in [1 << power for power in range(9, 21)]:
         shape = (tokens // l, l, 12, 64, 64, 1)
         lengths[str(l)] = _forward_ms(shape, peers)
         print("length", l, lengths[str(l)], flush=True)
     states: dict[str, Any] = {}
     for n in (64, 128, 256):
-        states[str(n)] = _forward_ms((8, 4096, 24, 64, n, 1), [p for p in peers if p == "ours"])
+        recurrent = [peer for peer in peers if peer in ("ours", "mamba_ssm")]
+        states[str(n)] = _forward_ms((8, 4096, 24, 64, n, 1), recurrent)
+        print("dstate", n, states[str(n)], flush=True)
     return {"tokens": tokens, "lengths": lengths, "dstate": states}
 
 
@@ -406,8 +408,7 @@ def main() -> None:
         save()
         print(report["first_calls"], flush=True)
     if options.sweep:
-        attention = [p for p in options.peers if p not in ("fla",)]
-        report["sweep"] = sweep(attention)
+        report["sweep"] = sweep([peer for peer in options.peers if peer != "fla"])
         save()
         if options.out:
             plot(report["sweep"], options.out / "ssd_lengths.png")

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 BACKENDS = ("auto", "triton", "torch")
 HALF = (torch.bfloat16, torch.float16)
@@ -65,6 +66,19 @@ def describe_backend(device: str | torch.device) -> str:
 def interpreting() -> bool:
     """Whether Triton's interpreter is on, which runs the kernels on the CPU."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
+
+
+def is_plain(*tensors: Tensor | None) -> bool:
+    """Whether these are ordinary tensors outside compilation, modes and transforms of torch.
+
+    Then nobody would notice a call that passes by torch's dispatcher, which takes its time.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and all(t is None or type(t) is Tensor or type(t) is Parameter for t in tensors)
+    )
 
 
 def is_exporting() -> bool:

@@ -2,22 +2,27 @@
 
 Dimension legend: batch b · seqlen l · nheads h · headdim p · ngroups g · dstate n · chunk q
 
-A forward is two launches (states, then y); a backward is five (S and R, then dx, then dB and dC,
-then ddt, then the ordered sums). One more each where batch × heads is too small to fill the GPU and
-the sequence is cut into segments, and one more in a backward with z. Both directions share all of
-them. How a shape is cut is a rule of its sizes (`plan_of`), not a search. Nothing large is kept
-from forward to backward: chunk states are computed again, which costs less than their memory.
+A forward is one launch, or three where batch × heads is too small to fill the GPU: then the
+sequence is cut into segments, whose states come first. A backward is five (S and R, then dx, then
+dB and dC, then ddt, then the ordered sums), six in segments, one more with z; a batch whose chunk
+states would take much memory is taken in parts, which repeat all launches but the last. Both
+directions share all of them. How a shape is cut is a rule of its sizes (`forward_plan`,
+`backward_plan`), not a search. Nothing but the inputs is kept from forward to backward: states are
+computed again, which costs less than their memory.
 
-A small shape takes less time on the GPU than Triton's launcher takes to look at sixty arguments, so
-what follows from shapes, strides and flags alone is prepared once (`_prepare`), and the kernels
-compiled for it are kept and called directly.
+A small shape takes less time on the GPU than the host takes to look at the arguments, so what
+follows from shapes, strides and flags alone is prepared once (`_prepare`), the kernels compiled for
+it are kept and called with bare addresses, and tensors without a subclass or a mode to hear of them
+pass by torch's dispatcher.
 """
 
 import contextlib
 import functools
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any
+from operator import itemgetter
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -26,7 +31,7 @@ from triton import knobs
 from triton.runtime import driver
 
 from . import ssd_triton_interpreter  # noqa: F401
-from .dispatch import HALF, interpreting
+from .dispatch import HALF, interpreting, is_plain
 from .ssd_triton_backward import (
     chunk_backward_kernel,
     gate_backward_kernel,
@@ -34,7 +39,8 @@ from .ssd_triton_backward import (
     shared_backward_kernel,
     step_backward_kernel,
 )
-from .ssd_triton_forward import chunk_forward_kernel
+from .ssd_triton_chunks import chunk_forward_kernel
+from .ssd_triton_forward import forward_kernel
 from .ssd_triton_scan import carry_segments_kernel, scan_kernel
 
 SUM_BLOCK = 1024
@@ -42,6 +48,9 @@ GATE_BLOCK = 1024
 SEGMENT_BLOCK = 32
 STATE_BLOCK = 64
 STEP_TOKENS = 1024
+MOST_WORKSPACE = 140_000_000  # bytes a direction, beyond which a backward takes a batch in parts
+MOST_STATES = 140_000_000  # bytes beyond which a forward that stores states does
+CHUNKED_DSTATE = 65  # from which the forward of both directions stores states
 
 
 def ssd(
@@ -62,7 +71,7 @@ def ssd(
 ) -> tuple[Tensor, Tensor | None]:
     """`kernels.ssd` on arguments that are already checked; the states are None unless asked for."""
     trained = z is not None and torch.is_grad_enabled()
-    y, states, _ = _forward_op(
+    y, states, _ = _call(
         x, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens, dt_softplus,
         float(dt_limit[0]), float(dt_limit[1]), reverse, return_final_states, trained,
     )  # fmt: skip
@@ -84,23 +93,32 @@ def ssd_bidirectional(
     return_final_states: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """`kernels.ssd_bidirectional` on checked arguments; the states are None unless asked for."""
-    y, states, _ = _forward_op(
+    y, states, _ = _call(
         x, dt, A, B, C, D, None, dt_bias, initial_states, cu_seqlens, dt_softplus,
         float(dt_limit[0]), float(dt_limit[1]), False, return_final_states, False,
     )  # fmt: skip
     return y, states if return_final_states else None
 
 
+def _call(*inputs: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    if not is_plain(*inputs[:10]):
+        return _forward_op(*inputs)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs[:10]):
+        return _SSD.apply(None, *inputs)
+    return _forward(*inputs)
+
+
 @dataclass(frozen=True)
 class Tiling:
     """How tokens are cut, and the warps and stages of each kernel."""
 
-    chunk: int  # tokens between stored states
+    forward_chunk: int
+    chunk: int  # tokens between the states that a backward stores
     tile: int  # tokens of a program of the quadratic kernels: chunk or chunk / 2
+    forward_warps: int = 4
+    forward_stages: int = 2
     scan_warps: int = 4
     scan_stages: int = 2
-    forward_warps: int = 4
-    forward_stages: int = 3
     backward_warps: int = 4
     backward_stages: int = 3
     shared_warps: int = 8
@@ -116,104 +134,219 @@ def tiling(l: int, n: int, directions: int, dtype: torch.dtype) -> Tiling:
     """The rule: tiles of 64 in chunks of 128; float32, whose products are dearer, half of each."""
     if dtype == torch.float32:
         return Tiling(
-            chunk=64, tile=32, forward_stages=1, backward_stages=1, shared_stages=1, shared_warps=4
-        )
+            forward_chunk=32, chunk=64, tile=32, forward_stages=1, backward_stages=1,
+            shared_stages=1, shared_warps=4,
+        )  # fmt: skip
     # As many stages as leave shared memory for two programs; tiles over dstate leave for none.
     stages = 1 if n > 128 else 2 if directions == 2 and n > 64 else 3
+    forward_stages = 3 if n <= 64 else 2
     if l > 64:
-        return Tiling(chunk=128, tile=64, forward_stages=stages, backward_stages=stages)
-    return Tiling(chunk=64, tile=64, forward_stages=stages, backward_stages=stages, shared_warps=4)
+        return Tiling(64, chunk=128, tile=64, forward_stages=forward_stages, backward_stages=stages)
+    return Tiling(
+        64, chunk=64, tile=64, forward_stages=forward_stages, backward_stages=stages,
+        shared_warps=4,
+    )  # fmt: skip
+
+
+class _Workspace:
+    """Offsets into one float32 allocation, in elements; each part starts at a multiple of 32."""
+
+    def __init__(self) -> None:
+        self.at: dict[str, int] = {}
+        self.size = 0
+
+    def reserve(self, name: str, elements: int) -> None:
+        self.at[name] = self.size
+        self.size += -(-elements // 32) * 32
+
+
+def _cut_into_segments(
+    programs: int, slots: int, cut: Tiling, processors: int
+) -> tuple[int, int]:  # segments, slots per segment
+    segments = max(1, min(cut.scan_programs * processors // programs, slots // cut.least_segment))
+    segment_slots = -(-slots // segments)
+    return -(-slots // segment_slots), segment_slots
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Everything about a call that follows from its sizes: grids, offsets, splits."""
+class ForwardPlan:
+    """Everything about a forward that follows from its sizes."""
 
+    slots: int  # chunks a row
+    segments: int
+    segment_slots: int
+    lines: int  # directions × rows × heads
+    p_tiles: int
+    n_tiles: int
+    scan_n_tiles: int
+    offsets: dict[str, int]
+    floats: int
+
+
+def forward_plan(
+    rows: int, nseq: int, l: int, h: int, p: int, n: int, directions: int, dtype: torch.dtype,
+    processors: int,
+) -> tuple[Tiling, ForwardPlan]:  # fmt: skip
+    cut = tiling(l, n, directions, dtype)
+    q = cut.forward_chunk
+    slots = l // q + nseq if nseq else -(-l // q)
+    p_tiles = -(-p // _p_block(p, dtype))
+    segments, segment_slots = _cut_into_segments(rows * h * p_tiles, slots, cut, processors)
+    lines = directions * rows * h
+    workspace = _Workspace()
+    if segments > 1:
+        workspace.reserve("marks", lines * segments * 4)
+        workspace.reserve("carry", lines * segments * p * n)
+        workspace.reserve("carried", lines * segments * p * n)
+    n_tiles, scan_n_tiles = -(-n // _n_block(n, dtype)), -(-n // _scan_n_block(n))
+    return cut, ForwardPlan(
+        slots, segments, segment_slots, lines, p_tiles, n_tiles, scan_n_tiles, workspace.at,
+        workspace.size,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ChunkedPlan:
+    """Everything about a forward through stored states that follows from its sizes."""
+
+    part: int  # rows of the batch at a time
+    slots: int
+    tiles: int
+    segments: int
+    segment_slots: int
+    state_tiles: tuple[int, int]  # of the scan, over headdim and dstate
+    p_tiles: int
+    n_tiles: int
+    split: tuple[int, int]  # programs per group of heads, heads per program
+    offsets: dict[str, int]
+    floats: int
+    carried: int  # offset into the states, in their dtype
+
+
+def chunked_plan(
+    rows: int, nseq: int, l: int, h: int, p: int, g: int, n: int, dtype: torch.dtype,
+    processors: int,
+) -> tuple[Tiling, ChunkedPlan]:  # fmt: skip
+    """The whole batch at once, or in parts of a limited workspace."""
+    cut = tiling(l, n, 2, dtype)
+    q = cut.chunk
+    slots = l // q + nseq if nseq else -(-l // q)
+    tiles = slots * (q // cut.tile)
+    row = 2 * h * slots * (p * n * dtype.itemsize + 8 * q)
+    part = -(-rows // min(rows, -(-rows * row // MOST_STATES)))
+    lines = 2 * part * h
+    state_tiles = -(-p // _p_block(p, dtype)), -(-n // _scan_n_block(n))
+    p_tiles, n_tiles = -(-p // _p_block(p, dtype)), -(-n // _n_block(n, dtype))
+    segments, segment_slots = _cut_into_segments(
+        lines * state_tiles[0] * state_tiles[1], slots, cut, processors
+    )
+    segmented = segments > 1
+    workspace = _Workspace()
+    workspace.reserve("cum", lines * slots * q)
+    workspace.reserve("dtp", lines * slots * q)
+    workspace.reserve("fade", lines * slots * segmented)
+    workspace.reserve("marks", lines * segments * 4 * segmented)
+    workspace.reserve("carry", lines * segments * p * n * segmented)
+    carried = -(-lines * slots * p * n // 32) * 32
+    halves = carried + lines * segments * p * n * segmented
+    workspace.reserve("states", -(-halves * dtype.itemsize // 4))
+    split = _split(h // g, part * tiles * g, cut.forward_programs * processors)
+    return cut, ChunkedPlan(
+        part, slots, tiles, segments, segment_slots, state_tiles, p_tiles, n_tiles, split,
+        workspace.at, workspace.size, carried,
+    )  # fmt: skip
+
+
+def _split(heads: int, programs: int, wanted: int) -> tuple[int, int]:
+    """Programs that share the heads of a group, and heads a program."""
+    splits = min(heads, max(1, -(-wanted // programs)))
+    each = -(-heads // splits)
+    return -(-heads // each), each
+
+
+@dataclass(frozen=True)
+class BackwardPlan:
+    """Everything about a backward that follows from its sizes: grids, offsets, splits."""
+
+    part: int  # rows of the batch at a time
     slots: int  # chunks a row
     tiles: int
     segments: int
     segment_slots: int
-    lines: int  # kinds of state × directions × rows × heads
     state_tiles: tuple[int, int]  # of the scan, over headdim and dstate
     p_tiles: int
     n_tiles: int
-    served: int  # directions that the quadratic backward kernels run one at a time
-    forward_split: tuple[int, int]  # programs per group of heads, heads per program
-    backward_split: tuple[int, int]
+    served: int  # directions that the quadratic kernels run one at a time
+    chunk_split: tuple[int, int]  # programs per group of heads, heads per program
     shared_split: tuple[int, int]
     step_slots: int
-    offsets: dict[str, int]  # into the float32 workspace, in elements
+    offsets: dict[str, int]
     floats: int
-    carried: int  # offsets into the workspace of x's dtype
+    carried: int  # offsets into the states, in their dtype
     mix: int
-    states: int
 
 
-def plan_of(
+def backward_plan(
     rows: int, nseq: int, l: int, h: int, p: int, g: int, n: int, directions: int, merged: bool,
-    backward: bool, d_rows: int, dtype: torch.dtype, processors: int,
-) -> tuple[Tiling, Plan]:  # fmt: skip
+    d_rows: int, dtype: torch.dtype, processors: int,
+) -> tuple[Tiling, BackwardPlan]:  # fmt: skip
+    """The whole batch at once, or in parts of a limited workspace."""
+    sizes = rows, nseq, l, h, p, g, n, directions, merged, d_rows, dtype, processors
+    _, plan = _part_plan(rows, *sizes)
+    parts = min(rows, -(-plan.floats * 4 // (MOST_WORKSPACE * directions)))
+    return _part_plan(-(-rows // parts), *sizes)
+
+
+def _part_plan(
+    rows: int, batch: int, nseq: int, l: int, h: int, p: int, g: int, n: int, directions: int,
+    merged: bool, d_rows: int, dtype: torch.dtype, processors: int,
+) -> tuple[Tiling, BackwardPlan]:  # fmt: skip
     cut = tiling(l, n, directions, dtype)
     q = cut.chunk
     slots = l // q + nseq if nseq else -(-l // q)
     tiles = slots * (q // cut.tile)
-    lines = (1 + backward) * directions * rows * h
+    lines = 2 * directions * rows * h  # kinds of state × directions × rows × heads
     state_tiles = -(-p // _p_block(p, dtype)), -(-n // _scan_n_block(n))
     p_tiles, n_tiles = -(-p // _p_block(p, dtype)), -(-n // _n_block(n, dtype))
     served = 1 if merged else directions
-
-    programs = lines * state_tiles[0] * state_tiles[1]
-    segments = max(1, min(cut.scan_programs * processors // programs, slots // cut.least_segment))
-    segment_slots = -(-slots // segments)
-    segments = -(-slots // segment_slots)
+    segments, segment_slots = _cut_into_segments(
+        lines * state_tiles[0] * state_tiles[1], slots, cut, processors
+    )
     segmented = segments > 1
     if segmented and directions == 2 and n > 64 and dtype != torch.float32:
         # What entered a segment is staged beside S and R: a third stage would not fit.
         cut = replace(cut, shared_stages=2)
 
-    def split(programs: int, per_processor: int) -> tuple[int, int]:
-        splits = min(h // g, max(1, -(-per_processor * processors // programs)))
-        each = -(-(h // g) // splits)
-        return -(-(h // g) // each), each
-
-    forward_split = split(rows * tiles * g, cut.forward_programs)
-    backward_split = split(served * rows * tiles * g, cut.backward_programs)
-    shared_split = split(2 * served * rows * slots * g * n_tiles, cut.shared_programs)
+    chunk_split = _split(h // g, served * rows * tiles * g, cut.backward_programs * processors)
+    shared_split = 1, h // g
+    if rows == batch:  # parts are there to save memory, which splits would take
+        programs = 2 * served * rows * slots * g * n_tiles
+        shared_split = _split(h // g, programs, cut.shared_programs * processors)
     step_slots = 1 if nseq else max(1, min(STEP_TOKENS // q, triton.next_power_of_2(slots)))
 
-    offsets: dict[str, int] = {}
-    floats = 0
-
-    def reserve(name: str, size: int) -> None:
-        nonlocal floats
-        offsets[name] = floats
-        floats += -(-size // 32) * 32
-
+    workspace = _Workspace()
     vector = directions * rows * h * slots * q
-    reserve("cum", vector)
-    reserve("dtp", vector)
-    reserve("fade", lines * slots * segmented)
-    reserve("marks", lines * segments * 4 * segmented)
-    reserve("carry", lines * segments * p * n * segmented)
-    if backward:
-        for name in ("row", "far", "column", "column_far"):
-            reserve(name, vector)
-        reserve("into", n_tiles * vector)
-        reserve("out", n_tiles * vector)
-        reserve("overlap", n_tiles * vector // q)
-        reserve("dA", directions * h * rows * -(-slots // step_slots))
-        reserve("dbias", directions * h * rows * -(-slots // step_slots))
-        reserve("dD", d_rows * served * rows * tiles)
-        split_size = shared_split[0] * served * rows * l * g * n * (shared_split[0] > 1)
-        reserve("dB", split_size)
-        reserve("dC", split_size)
+    for name in ("cum", "dtp", "row", "far", "column", "column_far"):
+        workspace.reserve(name, vector)
+    workspace.reserve("into", n_tiles * vector)
+    workspace.reserve("out", n_tiles * vector)
+    workspace.reserve("overlap", n_tiles * vector // q)
+    workspace.reserve("fade", lines * slots * segmented)
+    workspace.reserve("marks", lines * segments * 4 * segmented)
+    workspace.reserve("carry", lines * segments * p * n * segmented)
+    workspace.reserve("dA", directions * h * batch * -(-slots // step_slots))
+    workspace.reserve("dbias", directions * h * batch * -(-slots // step_slots))
+    workspace.reserve("dD", d_rows * served * batch * tiles)
+    partial = shared_split[0] * served * batch * l * g * n * (shared_split[0] > 1)
+    workspace.reserve("dB", partial)
+    workspace.reserve("dC", partial)
     carried = -(-lines * slots * p * n // 32) * 32
     mix = carried + -(-lines * segments * p * n * segmented // 32) * 32
-    states = mix + served * rows * g * backward_split[0] * slots * q * q * backward
-    return cut, Plan(
-        slots, tiles, segments, segment_slots, lines, state_tiles, p_tiles, n_tiles, served,
-        forward_split, backward_split, shared_split, step_slots, offsets, floats, carried, mix,
-        states,
+    halves = mix + served * rows * g * chunk_split[0] * slots * q * q
+    workspace.reserve("states", -(-halves * dtype.itemsize // 4))
+    return cut, BackwardPlan(
+        rows, slots, tiles, segments, segment_slots, state_tiles, p_tiles, n_tiles, served,
+        chunk_split, shared_split, step_slots, workspace.at, workspace.size, carried, mix,
     )  # fmt: skip
 
 
@@ -249,175 +382,305 @@ def _precision(dtype: torch.dtype) -> str:
     return "tf32x3"
 
 
-Launch = tuple[Any, int, int, tuple]  # kernel, programs, warps, arguments
+class Launch(NamedTuple):
+    kernel: Any
+    programs: int
+    warps: int
+    tensors: itemgetter  # which of the call's tensors come first
+    rest: tuple  # the arguments after them
 
 
 class _Prepared:
-    """What calls of equal shapes, strides and flags have in common."""
+    """Launches that calls of equal shapes, strides and flags have in common."""
 
-    def __init__(self, tensors: tuple[Any, ...], settings: tuple, dy: Tensor | None,
-                 has_final: bool, has_dfinal: bool):  # fmt: skip
-        x, dt, _, B, C, D, z, dt_bias, initial_states, cu_seqlens = tensors
-        softplus, low, high, reverse = settings
-        self.backward = dy is not None
-        self.directions = 2 if dt.dim() == 4 else 1
-        self.shape = b, l, h, p = tuple(x.shape[-4:])
-        g, n = B.shape[-2:]
-        packed = cu_seqlens is not None
-        self.sequences = cu_seqlens.shape[0] - 1 if packed else b
-        shared = not (x.dim() == 5 or B.dim() == 5 or C.dim() == 5)
-        x_shared = x.dim() == 4
-        self.merged = self.directions == 1 or shared
-        d_rows = 0 if D is None else D.numel()
-        self.cut, self.plan = cut, plan = plan_of(
-            b, self.sequences if packed else 0, l, h, p, g, n, self.directions, self.merged,
-            self.backward, d_rows, x.dtype, _processors(x.device),
-        )  # fmt: skip
-        pair = (2,) if self.directions == 2 else ()
-        self.state_shape = (*pair, self.sequences, h, p, n)
-        self.compiled: dict[Any, Any] = {}
+    launches: list[Launch]
+    states = 0  # offset into the workspace
+
+    def __init__(self, x: Tensor) -> None:
         self.device_index = x.device.index
+        self.dtype = x.dtype
+        self.compiled: dict[Any, list[Any]] = {}
 
-        at = plan.offsets
-        inputs = (*_strides(x, 5), *_strides(B, 5), *_strides(C, 5))
-        of_dy = (0, 0, 0, 0) if dy is None else dy.stride()
-        of_dt = _strides(dt, 4)
-        dot = _precision(x.dtype)
-        p_block, n_block, q = _p_block(p, x.dtype), _n_block(n, x.dtype), cut.chunk
-        reverse = int(reverse)
-        nseq = self.sequences if packed else 0
-        group_heads = h // g
-        each = self.directions // plan.served
-        segmented = plan.segments > 1
-        segments = plan.segments, plan.segment_slots
-        has_bias = dt_bias is not None
-        d_matrix = D is not None and D.dim() == 2
+    def states_in(self, workspace: Tensor) -> Tensor:
+        """Where a workspace holds states, which are of x's dtype."""
+        return workspace[self.states :].view(self.dtype)
 
-        self.scan_grid = plan.lines * plan.state_tiles[0] * plan.state_tiles[1] * plan.segments
-        self.scan_args = (
-            *inputs, *of_dy, *of_dt, at["cum"], at["dtp"], at["fade"], at["marks"], at["carry"],
-            low, high, l, nseq, plan.slots, b, h, group_heads, *segments, reverse, p, n,
-            self.directions, self.backward, has_bias, initial_states is not None, has_final,
-            has_dfinal, self.backward and initial_states is not None, softplus, packed, segmented,
-            *plan.state_tiles, q, p_block, _scan_n_block(n), dot, cut.scan_stages,
-        )  # fmt: skip
-        self.carry_grid = plan.lines * -(-p * n // STATE_BLOCK) if segmented else 0
-        self.carry_args = (
-            at["marks"], at["carry"], plan.carried, nseq, b, h, plan.segments, reverse, p, n,
-            self.directions, packed, has_final, self.backward and initial_states is not None,
-            max(2, min(SEGMENT_BLOCK, triton.next_power_of_2(plan.segments))), STATE_BLOCK,
-        )  # fmt: skip
-        if not self.backward:
-            self.forward_grid = b * plan.tiles * g * plan.forward_split[0]
-            self.forward_args = (
-                *inputs, *((0, 0, 0, 0) if z is None else z.stride()),
-                at["cum"], at["dtp"], at["fade"], plan.carried, l, nseq, plan.slots, b, h,
-                group_heads, plan.forward_split[1], plan.forward_split[0], plan.tiles, *segments,
-                reverse, p, n, self.directions, shared, x_shared, D is not None, d_matrix,
-                z is not None,
-            )  # fmt: skip
-            self.forward_constants = (
-                packed, segmented, plan.p_tiles, plan.n_tiles, q, cut.tile, p_block, n_block, dot,
-                cut.forward_stages,
-            )  # fmt: skip
-            return
-
-        splits, per_program = plan.backward_split
-        blocks = (
-            self.directions // plan.served * (cut.chunk // cut.tile - 1) + cut.chunk // cut.tile
-        )
-        jobs = plan.slots * (cut.chunk // cut.tile + blocks)
-        self.chunk_grid = plan.served * b * jobs * g * splits
-        self.chunk_args = (
-            *inputs, *of_dy, at["cum"], at["dtp"], at["fade"], plan.carried, at["row"], at["far"],
-            at["column"], at["column_far"], at["dD"], plan.mix, l, nseq, plan.slots, b, h,
-            group_heads, per_program, splits, plan.tiles, *segments, reverse, p, n,
-            self.directions, each, x_shared, D is not None, d_matrix, packed, segmented,
-            plan.p_tiles, plan.n_tiles, q, cut.tile, p_block, n_block, dot, cut.backward_stages,
-            blocks,
-        )  # fmt: skip
-        self.split, per_program = plan.shared_split
-        self.shared_grid = 2 * plan.served * b * plan.slots * g * plan.n_tiles * self.split
-        self.shared_args = (
-            *inputs, *of_dy, at["cum"], at["dtp"], at["fade"], plan.carried, at["into"], at["out"],
-            at["overlap"], plan.mix, *((at["dB"], at["dC"]) if self.split > 1 else (0, 0)),
-            l, nseq, plan.slots, b, h, group_heads, per_program, self.split, splits, *segments,
-            reverse, p, n, self.directions, each, packed, segmented, plan.p_tiles, plan.n_tiles, q,
-            cut.tile, p_block, n_block, dot, cut.shared_stages,
-        )  # fmt: skip
-        blocks = -(-plan.slots // plan.step_slots)
-        self.step_grid = self.directions * b * h * blocks
-        self.step_args = (
-            *of_dt, at["dtp"], at["row"], at["far"], at["column"], at["column_far"], at["into"],
-            at["out"], at["overlap"], at["dA"], at["dbias"], low, high, l, nseq, plan.slots, b,
-            h, reverse, self.directions, has_bias, softplus, packed, plan.n_tiles, q, cut.tile,
-            plan.step_slots,
-        )  # fmt: skip
-        size = plan.served * b * l * g * n
-        self.reduce_grid = self.directions * h * (1 + has_bias) + d_rows
-        if self.split > 1:
-            self.reduce_grid += -(-size // SUM_BLOCK)
-        self.reduce_args = (
-            at["dA"], at["dbias"], at["dD"], at["dB"], at["dC"], h, d_rows, b * blocks,
-            plan.served * b * plan.tiles, self.split, size, self.directions, has_bias,
-            D is not None, self.split > 1, SUM_BLOCK,
-        )  # fmt: skip
-
-    def workspaces(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return (
-            torch.empty(self.plan.floats, dtype=torch.float32, device=x.device),
-            torch.empty(self.plan.states, dtype=x.dtype, device=x.device),
-        )
-
-    def scan(self, tensors, dy, final, dfinal, dinit, floats, states) -> list[Launch]:
-        """States of all chunks: S, and in a backward pass R too."""
-        x, dt, A, B, C, _, _, dt_bias, initial_states, cu_seqlens = tensors
-        final, dinit = _or(final, floats), _or(dinit, floats)
-        scan = (
-            scan_kernel, self.scan_grid, self.cut.scan_warps,
-            (x, B, _or(dy, x), C, dt, A, _or(dt_bias, floats), _or(initial_states, floats), final,
-             _or(dfinal, floats), dinit, _or(cu_seqlens, floats), floats, states, *self.scan_args),
-        )  # fmt: skip
-        if not self.carry_grid:
-            return [scan]
-        carry = floats, states, final, dinit, *self.carry_args
-        return [scan, (carry_segments_kernel, self.carry_grid, 4, carry)]
-
-    def run(self, variant, launches: list[Launch]) -> None:
-        """kernel[grid](*args) for each, but Triton looks at the arguments the first time only.
-
-        `variant` is what the compiled kernels depend on beside what was prepared.
-        """
-        compiled = self.compiled.get(variant)
+    def run(self, tensors: Sequence[Tensor]) -> None:
+        """kernel[grid](*args) for each, but Triton looks at the arguments the first time only."""
+        pointers = [t.data_ptr() for t in tensors]
+        union = 0
+        for pointer in pointers:
+            union |= pointer
+        # Triton compiles for pointers that are multiples of 16, and again for each set that is not.
+        aligned = None if union % 16 == 0 else tuple(pointer % 16 == 0 for pointer in pointers)
+        compiled = self.compiled.get(aligned)
         if compiled is None:
-            self.compiled[variant] = self._first_run(launches)
+            self.compiled[aligned] = self._first_run(tensors)
         elif compiled and not _is_watched():
             stream = driver.active.get_current_stream(self.device_index)
-            for kernel, (_, grid, _, args) in zip(compiled, launches, strict=True):
-                kernel.run(
-                    grid, 1, 1, stream, kernel.function, kernel.packed_metadata, None, None, None,
-                    *args,
+            for run, function, metadata, programs, pick, rest in compiled:
+                run(
+                    programs, 1, 1, stream, function, metadata, None, None, None,
+                    *pick(pointers), *rest,
                 )  # fmt: skip
         else:  # the interpreter, or a profiler that wants to know more
-            for kernel, grid, warps, args in launches:
-                kernel[(grid,)](*args, num_warps=warps)
+            for kernel, programs, warps, pick, rest in self.launches:
+                kernel[(programs,)](*pick(tensors), *rest, num_warps=warps)
 
-    def _first_run(self, launches: list[Launch]) -> list[Any]:
+    def _first_run(self, tensors: Sequence[Tensor]) -> list[Any]:
         if interpreting():
-            for kernel, grid, _, args in launches:
-                kernel[(grid,)](*args)
+            for kernel, programs, _, pick, rest in self.launches:
+                kernel[(programs,)](*pick(tensors), *rest)
             return []
-        # The compiler leaves Python's lock: what is not in Triton's cache compiles side by side.
+        # The compilers leave Python's lock: what is not in Triton's cache is built side by side.
         device = torch.cuda.current_device()
 
-        def compile_one(launch: Launch) -> None:
-            kernel, grid, warps, args = launch
+        def build(launch: Launch) -> None:
+            kernel, programs, warps, pick, rest = launch
             torch.cuda.set_device(device)
-            kernel.warmup(*args, grid=(grid,), num_warps=warps)
+            kernel.warmup(*pick(tensors), *rest, grid=(programs,), num_warps=warps)._init_handles()
 
-        with ThreadPoolExecutor(len(launches)) as pool:
-            list(pool.map(compile_one, launches))
-        return [kernel[(grid,)](*args, num_warps=warps) for kernel, grid, warps, args in launches]
+        distinct = {launch.kernel: launch for launch in self.launches}
+        with ThreadPoolExecutor(len(distinct)) as pool:
+            list(pool.map(build, distinct.values()))
+        compiled = []
+        for kernel, programs, warps, pick, rest in self.launches:
+            built = kernel[(programs,)](*pick(tensors), *rest, num_warps=warps)
+            compiled.append(
+                (built.run, built.function, built.packed_metadata, programs, pick, rest)
+            )
+        return compiled
+
+
+class _Call:
+    """What the arguments of a call say, whatever their values."""
+
+    def __init__(self, tensors: tuple[Any, ...], settings: tuple) -> None:
+        x, dt, _, B, C, D, z, dt_bias, initial_states, cu_seqlens = tensors
+        self.softplus, self.low, self.high, reverse = settings
+        self.reverse = int(reverse)
+        self.directions = 2 if dt.dim() == 4 else 1
+        self.b, self.l, self.h, self.p = self.shape = tuple(x.shape[-4:])
+        self.g, self.n = B.shape[-2:]
+        self.packed = cu_seqlens is not None
+        self.nseq = cu_seqlens.shape[0] - 1 if self.packed else 0
+        self.x_shared = x.dim() == 4
+        self.merged = self.directions == 1 or not (x.dim() == 5 or B.dim() == 5 or C.dim() == 5)
+        self.has_bias, self.has_init = dt_bias is not None, initial_states is not None
+        self.has_d, self.d_matrix = D is not None, D is not None and D.dim() == 2
+        self.d_rows = 0 if D is None else D.numel()
+        self.inputs = (*_strides(x, 5), *_strides(B, 5), *_strides(C, 5))
+        self.of_dt = _strides(dt, 4)
+        self.of_z = (0, 0, 0, 0) if z is None else z.stride()
+        self.dtype = x.dtype
+        self.dot = _precision(x.dtype)
+        self.p_block, self.n_block = _p_block(self.p, x.dtype), _n_block(self.n, x.dtype)
+        self.processors = _processors(x.device)
+        pair = (2,) if self.directions == 2 else ()
+        self.state_shape = (*pair, self.nseq or self.b, self.h, self.p, self.n)
+
+
+class _Forward(_Prepared):
+    # x, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens, y, ungated, final, workspace
+    SCAN = itemgetter(0, 3, 0, 4, 1, 2, 7, 8, 12, 13, 13, 9, 13, 13)
+    CARRY = itemgetter(13, 13, 12, 13)
+    WALK = itemgetter(0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 11, 12, 9, 13)
+
+    def __init__(self, tensors, settings, has_final: bool, save_ungated: bool) -> None:
+        super().__init__(tensors[0])
+        c = _Call(tensors, settings)
+        self.shape, self.state_shape = c.shape, c.state_shape
+        self.cut, self.plan = cut, plan = forward_plan(
+            c.b, c.nseq, c.l, c.h, c.p, c.n, c.directions, c.dtype, c.processors
+        )
+        self.floats, at = plan.floats, plan.offsets
+        segmented = plan.segments > 1
+        segments = plan.segments, plan.segment_slots
+        self.launches = []
+        if segmented:
+            scan = (
+                *c.inputs, 0, 0, 0, 0, *c.of_dt, 0, 0, 0, at["marks"], at["carry"], c.low, c.high,
+                c.l, c.nseq, plan.slots, 0, c.b, c.b, c.h, c.h // c.g, *segments, c.reverse, c.p,
+                c.n, c.directions, False, False, c.has_bias, c.has_init, has_final, False, False,
+                c.softplus, c.packed, True, plan.p_tiles, plan.scan_n_tiles, cut.forward_chunk,
+                c.p_block, _scan_n_block(c.n), c.dot, cut.scan_stages,
+            )  # fmt: skip
+            programs = plan.lines * plan.p_tiles * plan.scan_n_tiles * plan.segments
+            carry = (
+                at["marks"], at["carry"], at["carried"], c.nseq, c.b, c.b, c.h, plan.segments,
+                c.reverse, c.p, c.n, c.directions, c.packed, has_final, False,
+                _segment_block(plan.segments), STATE_BLOCK,
+            )  # fmt: skip
+            blocks = plan.lines * -(-c.p * c.n // STATE_BLOCK)
+            self.launches = [
+                Launch(scan_kernel, programs, cut.scan_warps, self.SCAN, scan),
+                Launch(carry_segments_kernel, blocks, 4, self.CARRY, carry),
+            ]
+        walk = (
+            *c.inputs, *c.of_z, *c.of_dt, at.get("carried", 0), c.low, c.high, c.l, c.nseq,
+            plan.slots, c.b, c.h, c.h // c.g, *segments, c.reverse, c.p, c.n, c.directions,
+            c.x_shared, c.has_bias, c.has_d, c.d_matrix, tensors[6] is not None, save_ungated,
+            c.has_init, has_final and not segmented, c.softplus, c.packed, segmented, plan.p_tiles,
+            plan.n_tiles, cut.forward_chunk, c.p_block, c.n_block, c.dot, cut.forward_stages,
+        )  # fmt: skip
+        programs = c.b * c.h * plan.p_tiles * plan.segments
+        self.launches.append(Launch(forward_kernel, programs, cut.forward_warps, self.WALK, walk))
+
+
+class _ChunkedForward(_Prepared):
+    # As _Forward, and the states.
+    SCAN = itemgetter(0, 3, 0, 4, 1, 2, 7, 8, 12, 13, 13, 9, 13, 14)
+    CARRY = itemgetter(13, 14, 12, 13)
+    CHUNK = itemgetter(0, 3, 4, 5, 10, 9, 13, 14)
+
+    def __init__(self, tensors, settings, has_final: bool, save_ungated: bool) -> None:
+        super().__init__(tensors[0])
+        self.call = c = _Call(tensors, settings)
+        self.shape, self.state_shape = c.shape, c.state_shape
+        self.cut, self.plan = chunked_plan(
+            c.b, c.nseq, c.l, c.h, c.p, c.g, c.n, c.dtype, c.processors
+        )
+        self.floats, self.states = self.plan.floats, self.plan.offsets["states"]
+        self.launches = []
+        for first in range(0, c.b, self.plan.part):
+            self.launches += self._of_part(first, min(self.plan.part, c.b - first), has_final)
+
+    def _of_part(self, first: int, rows: int, has_final: bool) -> list[Launch]:
+        c, cut, plan, at = self.call, self.cut, self.plan, self.plan.offsets
+        segmented = plan.segments > 1
+        segments = plan.segments, plan.segment_slots
+        lines = 2 * rows * c.h
+        scan = (
+            *c.inputs, 0, 0, 0, 0, *c.of_dt, at["cum"], at["dtp"], at["fade"], at["marks"],
+            at["carry"], c.low, c.high, c.l, c.nseq, plan.slots, first, rows, c.b, c.h, c.h // c.g,
+            *segments, 0, c.p, c.n, 2, False, True, c.has_bias, c.has_init, has_final, False, False,
+            c.softplus, c.packed, segmented, *plan.state_tiles, cut.chunk, c.p_block,
+            _scan_n_block(c.n), c.dot, cut.scan_stages,
+        )  # fmt: skip
+        programs = lines * plan.state_tiles[0] * plan.state_tiles[1] * plan.segments
+        launches = [Launch(scan_kernel, programs, cut.scan_warps, self.SCAN, scan)]
+        if segmented:
+            carry = (
+                at["marks"], at["carry"], plan.carried, c.nseq, rows, c.b, c.h, plan.segments, 0,
+                c.p, c.n, 2, c.packed, has_final, False, _segment_block(plan.segments), STATE_BLOCK,
+            )  # fmt: skip
+            programs = lines * -(-c.p * c.n // STATE_BLOCK)
+            launches.append(Launch(carry_segments_kernel, programs, 4, self.CARRY, carry))
+        splits, per_program = plan.split
+        chunk = (
+            *c.inputs, at["cum"], at["dtp"], at["fade"], plan.carried, c.l, c.nseq, plan.slots,
+            first, rows, c.h, c.h // c.g, per_program, splits, plan.tiles, *segments, c.p, c.n,
+            c.merged, c.x_shared, c.has_d, c.d_matrix, c.packed, segmented, plan.p_tiles,
+            plan.n_tiles, cut.chunk, cut.tile, c.p_block, c.n_block, c.dot, cut.backward_stages,
+        )  # fmt: skip
+        programs = rows * plan.tiles * c.g * splits
+        launches.append(Launch(chunk_forward_kernel, programs, 4, self.CHUNK, chunk))
+        return launches
+
+
+class _Backward(_Prepared):
+    # x, dt, A, B, C, D, dt_bias, initial_states, cu_seqlens, dy, dfinal, workspace, states,
+    # dx, ddt, dA, dB, dC, dD, dbias, dinit
+    SCAN = itemgetter(0, 3, 9, 4, 1, 2, 6, 7, 11, 10, 20, 8, 11, 12)
+    CARRY = itemgetter(11, 12, 11, 20)
+    CHUNK = itemgetter(0, 3, 4, 5, 9, 13, 8, 11, 12)
+    SHARED = itemgetter(0, 3, 4, 9, 16, 17, 8, 11, 12)
+    SHARED_SPLIT = itemgetter(0, 3, 4, 9, 11, 11, 8, 11, 12)
+    STEP = itemgetter(1, 2, 6, 14, 8, 11)
+    REDUCE = itemgetter(11, 15, 19, 18, 16, 17)
+
+    def __init__(self, tensors, settings, dy: Tensor, has_dfinal: bool) -> None:
+        super().__init__(tensors[0])
+        self.call = c = _Call(tensors, settings)
+        self.merged, self.state_shape = c.merged, c.state_shape
+        self.of_dy = dy.stride()
+        self.cut, self.plan = backward_plan(
+            c.b, c.nseq, c.l, c.h, c.p, c.g, c.n, c.directions, c.merged, c.d_rows, c.dtype,
+            c.processors,
+        )  # fmt: skip
+        plan = self.plan
+        self.floats, self.states = plan.floats, plan.offsets["states"]
+        self.launches = []
+        for first in range(0, c.b, plan.part):
+            self.launches += self._of_part(first, min(plan.part, c.b - first), has_dfinal)
+        at, splits = plan.offsets, plan.shared_split[0]
+        size = plan.served * c.b * c.l * c.g * c.n
+        reduce = (
+            at["dA"], at["dbias"], at["dD"], at["dB"], at["dC"], c.h, c.d_rows,
+            c.b * -(-plan.slots // plan.step_slots), plan.served * c.b * plan.tiles, splits, size,
+            c.directions, c.has_bias, c.has_d, splits > 1, SUM_BLOCK,
+        )  # fmt: skip
+        programs = c.directions * c.h * (1 + c.has_bias) + c.d_rows
+        programs += -(-size // SUM_BLOCK) * (splits > 1)
+        self.launches.append(Launch(reduce_kernel, programs, 4, self.REDUCE, reduce))
+
+    def _of_part(self, first: int, rows: int, has_dfinal: bool) -> list[Launch]:
+        """All launches but the last for `rows` rows of the batch."""
+        c, cut, plan, at = self.call, self.cut, self.plan, self.plan.offsets
+        segmented = plan.segments > 1
+        segments = plan.segments, plan.segment_slots
+        lines = 2 * c.directions * rows * c.h
+        sizes = c.l, c.nseq, plan.slots, first, rows, c.b, c.h
+        blocks = plan.p_tiles, plan.n_tiles, cut.chunk, cut.tile, c.p_block, c.n_block, c.dot
+        entered = at["cum"], at["dtp"], at["fade"], plan.carried
+        scan = (
+            *c.inputs, *self.of_dy, *c.of_dt, at["cum"], at["dtp"], at["fade"], at["marks"],
+            at["carry"], c.low, c.high, *sizes, c.h // c.g, *segments, c.reverse, c.p, c.n,
+            c.directions, True, True, c.has_bias, c.has_init, False, has_dfinal, c.has_init,
+            c.softplus, c.packed, segmented, *plan.state_tiles, cut.chunk, c.p_block,
+            _scan_n_block(c.n), c.dot, cut.scan_stages,
+        )  # fmt: skip
+        programs = lines * plan.state_tiles[0] * plan.state_tiles[1] * plan.segments
+        launches = [Launch(scan_kernel, programs, cut.scan_warps, self.SCAN, scan)]
+        if segmented:
+            carry = (
+                at["marks"], at["carry"], plan.carried, c.nseq, rows, c.b, c.h, plan.segments,
+                c.reverse, c.p, c.n, c.directions, c.packed, False, c.has_init,
+                _segment_block(plan.segments), STATE_BLOCK,
+            )  # fmt: skip
+            programs = lines * -(-c.p * c.n // STATE_BLOCK)
+            launches.append(Launch(carry_segments_kernel, programs, 4, self.CARRY, carry))
+
+        each = c.directions // plan.served
+        splits, per_program = plan.chunk_split
+        tiles = cut.chunk // cut.tile
+        squares = each * (tiles - 1) + tiles
+        chunk = (
+            *c.inputs, *self.of_dy, *entered, at["row"], at["far"], at["column"],
+            at["column_far"], at["dD"], plan.mix, *sizes, c.h // c.g, per_program, splits,
+            plan.tiles, *segments, c.reverse, c.p, c.n, c.directions, each, c.x_shared, c.has_d,
+            c.d_matrix, c.packed, segmented, *blocks, cut.backward_stages, squares,
+        )  # fmt: skip
+        programs = plan.served * rows * plan.slots * (tiles + squares) * c.g * splits
+        launches.append(
+            Launch(chunk_backward_kernel, programs, cut.backward_warps, self.CHUNK, chunk)
+        )
+
+        shared_splits, per_program = plan.shared_split
+        partial = shared_splits > 1
+        shared = (
+            *c.inputs, *self.of_dy, *entered, at["into"], at["out"], at["overlap"], plan.mix,
+            at["dB"] * partial, at["dC"] * partial, *sizes, c.h // c.g, per_program,
+            shared_splits, splits, *segments, c.reverse, c.p, c.n, c.directions, each, c.packed,
+            segmented, *blocks, cut.shared_stages,
+        )  # fmt: skip
+        programs = 2 * plan.served * rows * plan.slots * c.g * plan.n_tiles * shared_splits
+        pick = self.SHARED_SPLIT if partial else self.SHARED
+        launches.append(Launch(shared_backward_kernel, programs, cut.shared_warps, pick, shared))
+
+        step = (
+            *c.of_dt, at["dtp"], at["row"], at["far"], at["column"], at["column_far"], at["into"],
+            at["out"], at["overlap"], at["dA"], at["dbias"], c.low, c.high, *sizes, c.reverse,
+            c.directions, c.has_bias, c.softplus, c.packed, plan.n_tiles, cut.chunk, cut.tile,
+            plan.step_slots,
+        )  # fmt: skip
+        programs = c.directions * rows * c.h * -(-plan.slots // plan.step_slots)
+        launches.append(Launch(step_backward_kernel, programs, 4, self.STEP, step))
+        return launches
+
+
+def _segment_block(segments: int) -> int:
+    return max(2, min(SEGMENT_BLOCK, triton.next_power_of_2(segments)))
 
 
 def _is_watched() -> bool:
@@ -426,14 +689,14 @@ def _is_watched() -> bool:
     return hook is not None and bool(getattr(hook, "calls", True))
 
 
-_prepared: dict[Any, _Prepared] = {}
+_prepared: dict[Any, Any] = {}
 _MOST_PREPARED = 4096
 
 
-def _prepare(tensors, settings, dy, has_final, has_dfinal) -> _Prepared:
+def _prepare(make: type, tensors, settings, dy: Tensor | None, *flags: bool) -> Any:
     """The prepared call for these shapes, strides, dtypes and flags, made on its first use."""
     key = (
-        settings, has_final, has_dfinal, torch.backends.cuda.matmul.allow_tf32, tensors[0].device,
+        make, settings, flags, torch.backends.cuda.matmul.allow_tf32, tensors[0].device,
         None if dy is None else dy.stride(),
         *[None if t is None else (t.shape, t.stride(), t.dtype) for t in tensors],
     )  # fmt: skip
@@ -441,20 +704,9 @@ def _prepare(tensors, settings, dy, has_final, has_dfinal) -> _Prepared:
     if prepared is None:
         if len(_prepared) >= _MOST_PREPARED:
             _prepared.clear()
-        prepared = _Prepared(tensors, settings, dy, has_final, has_dfinal)
-        _prepared[key] = prepared
+        rest = flags if dy is None else (dy, *flags)
+        prepared = _prepared[key] = make(tensors, settings, *rest)
     return prepared
-
-
-def _alignment(*tensors: Tensor | None):
-    """None when all pointers are multiples of 16, as Triton prefers, else which are not."""
-    union = 0
-    for t in tensors:
-        if t is not None:
-            union |= t.data_ptr()
-    if union % 16 == 0:
-        return None
-    return tuple(t is not None and t.data_ptr() % 16 for t in tensors)
 
 
 def _dense(tensors):
@@ -468,68 +720,52 @@ def _forward(
     x, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens, dt_softplus, low, high, reverse,
     return_final_states, save_ungated,
 ):  # fmt: skip
+    """y, the final states and y before the gate; None for what was not asked for."""
     with _on(x.device):
         tensors = _dense((x, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens))
         settings = dt_softplus, low, high, reverse
-        call = _prepare(tensors, settings, None, return_final_states, False)
-        alignment = _alignment(*tensors)
-        floats, states = call.workspaces(x)
+        design = _ChunkedForward if dt.dim() == 4 and B.shape[-1] >= CHUNKED_DSTATE else _Forward
+        call = _prepare(design, tensors, settings, None, return_final_states, save_ungated)
         y = torch.empty(call.shape, dtype=x.dtype, device=x.device)
-        final = ungated = None
+        final = ungated = workspace = states = None
         if return_final_states:
             final = torch.empty(call.state_shape, dtype=torch.float32, device=x.device)
         if save_ungated:
             ungated = torch.empty_like(y)
-        launches = call.scan(tensors, None, final, None, None, floats, states)
-        arguments = (
-            x, B, C, _or(tensors[5], floats), _or(z, y), y, _or(ungated, y),
-            _or(tensors[9], floats), floats, states, *call.forward_args, save_ungated,
-            *call.forward_constants,
-        )  # fmt: skip
-        launches.append(
-            (chunk_forward_kernel, call.forward_grid, call.cut.forward_warps, arguments)
-        )
-        call.run((alignment, save_ungated), launches)
-    return y, _present(final, y), _present(ungated, y)
+        if call.floats:
+            workspace = torch.empty(call.floats, dtype=torch.float32, device=x.device)
+            states = call.states_in(workspace)
+        call.run([y if t is None else t for t in (*tensors, y, ungated, final, workspace, states)])
+    return y, final, ungated
 
 
 def _backward(
     dy, dfinal, x, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens, ungated, dt_softplus,
     low, high, reverse,
 ):  # fmt: skip
+    """Gradients of x, dt, A, B, C, D, z, dt_bias and initial_states, None for what is not there."""
     with _on(x.device):
         tensors = _dense((x, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens))
-        _, _, A_, _, _, D_, _, dt_bias_, _, cu_seqlens_ = tensors
         settings = dt_softplus, low, high, reverse
-        dz = None
+        dz = dinit = None
         if z is not None:
             dy, dz = _gate_backward(dy, z, ungated)
         dfinal = None if dfinal is None else dfinal.contiguous()
-        call = _prepare(tensors, settings, dy, False, dfinal is not None)
-        alignment = _alignment(*tensors, dy, dfinal)
-        floats, states = call.workspaces(x)
-        dinit = None
-        if initial_states is not None:
-            dinit = torch.empty(call.state_shape, dtype=torch.float32, device=x.device)
-        launches = call.scan(tensors, dy, None, dfinal, dinit, floats, states)
-
+        call = _prepare(_Backward, tensors, settings, dy, dfinal is not None)
+        workspace = torch.empty(call.floats, dtype=torch.float32, device=x.device)
+        states = call.states_in(workspace)
         dx, dB, dC = (_gradient(t, not call.merged) for t in (x, B, C))
         ddt, dA = _gradient(dt), _gradient(A)
         dbias = None if dt_bias is None else _gradient(dt_bias)
         dD = None if D is None else _gradient(D)
-        cut, cu = call.cut, _or(cu_seqlens_, floats)
-        shared = (floats, floats) if call.split > 1 else (dB, dC)
-        launches += [
-            (chunk_backward_kernel, call.chunk_grid, cut.backward_warps,
-             (x, B, C, _or(D_, floats), dy, dx, cu, floats, states, *call.chunk_args)),
-            (shared_backward_kernel, call.shared_grid, cut.shared_warps,
-             (x, B, C, dy, *shared, cu, floats, states, *call.shared_args)),
-            (step_backward_kernel, call.step_grid, 4,
-             (dt, A_, _or(dt_bias_, floats), ddt, cu, floats, *call.step_args)),
-            (reduce_kernel, call.reduce_grid, 4,
-             (floats, dA, _or(dbias, floats), _or(dD, floats), dB, dC, *call.reduce_args)),
-        ]  # fmt: skip
-        call.run(alignment, launches)
+        if initial_states is not None:
+            dinit = torch.empty(call.state_shape, dtype=torch.float32, device=x.device)
+        x_, dt_, A_, B_, C_, D_, _, *small = tensors
+        call.run([
+            workspace if t is None else t
+            for t in (x_, dt_, A_, B_, C_, D_, *small, dy, dfinal, workspace, states,
+                      dx, ddt, dA, dB, dC, dD, dbias, dinit)
+        ])  # fmt: skip
         if not call.merged:
             dx, dB, dC = (
                 grad.sum(0) if like.dim() == 4 else grad
@@ -537,7 +773,7 @@ def _backward(
             )
         if dinit is not None:
             dinit = dinit.to(initial_states.dtype)
-    return [t for t in (dx, ddt, dA, dB, dC, dD, dz, dbias, dinit) if t is not None]
+    return dx, ddt, dA, dB, dC, dD, dz, dbias, dinit
 
 
 def _gate_backward(dout: Tensor, z: Tensor, ungated: Tensor) -> tuple[Tensor, Tensor]:
@@ -562,10 +798,6 @@ def _strides(t: Tensor, dims: int) -> tuple[int, ...]:
     """Strides with a 0 in front for the direction where `t` has none."""
     strides = t.stride()
     return strides if len(strides) == dims else (0, *strides)
-
-
-def _or(t: Tensor | None, unused: Tensor) -> Tensor:
-    return unused if t is None else t
 
 
 def _present(t: Tensor | None, like: Tensor) -> Tensor:
@@ -606,16 +838,20 @@ class _SSD(torch.autograd.Function):
     """The gradient of ssd_triton_forward, below which it runs again without autograd.
 
     torch.library.register_autograd does the same, but reads the operator's schema on every call,
-    which takes longer than a small forward.
+    which takes longer than a small forward. Without dispatch keys it calls the kernels itself.
     """
 
     @staticmethod
     def forward(ctx, keys, *inputs):
-        with torch._C._AutoDispatchBelowAutograd():
-            output = _forward_op.redispatch(keys & torch._C._after_autograd_keyset, *inputs)
+        if keys is None:
+            output = _forward(*inputs)
+        else:
+            with torch._C._AutoDispatchBelowAutograd():
+                output = _forward_op.redispatch(keys & torch._C._after_autograd_keyset, *inputs)
         *tensors, dt_softplus, low, high, reverse, _, _ = inputs
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(output[2])
+        if output[2] is not None:
+            ctx.mark_non_differentiable(output[2])
         ctx.save_for_backward(*tensors, output[2])
         ctx.settings = dt_softplus, low, high, reverse
         return output
@@ -626,9 +862,21 @@ class _SSD(torch.autograd.Function):
         if dy is None:
             x = tensors[0]
             dy = x.new_zeros(()).expand(x.shape[-4:])
-        grads = iter(_backward_op(dy, dfinal, *tensors, ungated, *ctx.settings))
+        if is_plain(dy, dfinal, *tensors):
+            grads = _backward(dy, dfinal, *tensors, ungated, *ctx.settings)
+            return None, *grads, *(None,) * 7
+        given = iter(_backward_op(dy, dfinal, *tensors, _present(ungated, dy), *ctx.settings))
         *differentiable, _ = tensors  # cu_seqlens has none
-        return None, *(None if t is None else next(grads) for t in differentiable), *(None,) * 7
+        return None, *(None if t is None else next(given) for t in differentiable), *(None,) * 7
+
+
+def _forward_as_op(*inputs):
+    y, final, ungated = _forward(*inputs)
+    return y, _present(final, y), _present(ungated, y)
+
+
+def _backward_as_op(*inputs):
+    return [t for t in _backward(*inputs) if t is not None]
 
 
 def _autograd(keys, *inputs):
@@ -653,8 +901,8 @@ _library.define(
     " -> Tensor[]"
 )
 for _key in ("CUDA", "CPU"):
-    _library.impl("ssd_triton_forward", _forward, _key)
-    _library.impl("ssd_triton_backward", _backward, _key)
+    _library.impl("ssd_triton_forward", _forward_as_op, _key)
+    _library.impl("ssd_triton_backward", _backward_as_op, _key)
 torch.library.register_fake("mamba2_apps::ssd_triton_forward", _fake_forward, lib=_library)
 torch.library.register_fake("mamba2_apps::ssd_triton_backward", _fake_backward, lib=_library)
 _library.impl("ssd_triton_forward", _autograd, "Autograd", with_keyset=True)

@@ -23,8 +23,14 @@ over chunks are written per block and added up in a fixed order: no atomics.
 import triton
 import triton.language as tl
 
-from .ssd_triton_forward import load_tile, not_hoisted, products, tokens_of
-from .ssd_triton_scan import UNSPECIALIZED, softplus
+from .ssd_triton_scan import (
+    UNSPECIALIZED,
+    load_tile,
+    not_hoisted,
+    products,
+    softplus,
+    tokens_of,
+)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -70,7 +76,7 @@ def _stored(
 @triton.jit
 def _input_gradient(
     B_at, B_sl, B_sn, C_at, C_sl, C_sn, D, dy_row, dy_sl, dy_sh, dy_sp, dx, cu_ptr, ws, states,
-    cum_off, dtp_off, fade_off, carried_off, l, nseq, slots, rows, row, base, tile, heads,
+    cum_off, dtp_off, fade_off, carried_off, l, nseq, slots, rows, row, dx_row, base, tile, heads,
     first_head, head_count, segments, segment_slots, reverse, skips, p, n,
     SCANS: tl.constexpr, DIRECTIONS: tl.constexpr, HAS_D: tl.constexpr, D_MATRIX: tl.constexpr,
     PACKED: tl.constexpr, SEGMENTED: tl.constexpr, P_TILES: tl.constexpr, N_TILES: tl.constexpr,
@@ -152,7 +158,7 @@ def _input_gradient(
                 far = tl.exp2(cum_far[None, :] - cum_own[:, None]) * dt_own[:, None]
                 far *= bc_far.to(tl.float32)
                 acc = tl.dot(far.to(dy_far.dtype), dy_far, acc, input_precision=DOT)
-        at = (((base * rows + row) * l + token) * heads + head)[:, None] * p + p_offs[None, :]
+        at = ((dx_row * l + token) * heads + head)[:, None] * p + p_offs[None, :]
         tl.store(dx + at, acc.to(dx.dtype.element_ty), mask=valid[:, None] & p_mask[None, :])
 
 
@@ -160,8 +166,8 @@ def _input_gradient(
 def _mixing_gradient(
     x_row, x_sl, x_sh, x_sp, B_at, B_sl, B_sn, C_at, C_sl, C_sn, dy_row, dy_sl, dy_sh, dy_sp,
     cu_ptr, ws, matrix, cum_off, dtp_off, row_off, far_off, column_off, column_far_off, dD_off,
-    l, nseq, slots, rows, row, base, slot, half, heads, first_head, head_count, tiles, reverse,
-    after, skips, p, n,
+    l, nseq, slots, rows, row, base, dD_row, dD_rows, slot, half, heads, first_head, head_count,
+    tiles, reverse, after, skips, p, n,
     SCANS: tl.constexpr, DIRECTIONS: tl.constexpr, FAR: tl.constexpr, HAS_D: tl.constexpr,
     D_MATRIX: tl.constexpr, PACKED: tl.constexpr, P_TILES: tl.constexpr, N_TILES: tl.constexpr,
     CHUNK: tl.constexpr, Q: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr, DOT: tl.constexpr,
@@ -212,8 +218,8 @@ def _mixing_gradient(
         else:
             if HAS_D:
                 of_D = xt.to(tl.float32) * dyt.to(tl.float32) * skips
-                partials = (SCANS // DIRECTIONS) * rows * tiles
-                partial = (base * rows + row) * tiles + slot * (CHUNK // Q) + half
+                partials = dD_rows * tiles
+                partial = dD_row * tiles + slot * (CHUNK // Q) + half
                 if D_MATRIX:
                     tl.store(
                         ws + dD_off + (head * p + p_offs) * partials + partial, tl.sum(of_D, 0),
@@ -256,8 +262,8 @@ def chunk_backward_kernel(
     x_sd, x_sb, x_sl, x_sh, x_sp, B_sd, B_sb, B_sl, B_sg, B_sn,
     C_sd, C_sb, C_sl, C_sg, C_sn, dy_sb, dy_sl, dy_sh, dy_sp,
     cum_off, dtp_off, fade_off, carried_off, row_off, far_off, column_off, column_far_off, dD_off,
-    mix_off, l, nseq, slots, rows, heads, heads_per_group, heads_per_program, splits, tiles,
-    segments, segment_slots, reverse, p, n,
+    mix_off, l, nseq, slots, first_row, rows, batch, heads, heads_per_group, heads_per_program,
+    splits, tiles, segments, segment_slots, reverse, p, n,
     SCANS: tl.constexpr, DIRECTIONS: tl.constexpr, X_SHARED: tl.constexpr, HAS_D: tl.constexpr,
     D_MATRIX: tl.constexpr, PACKED: tl.constexpr, SEGMENTED: tl.constexpr, P_TILES: tl.constexpr,
     N_TILES: tl.constexpr, CHUNK: tl.constexpr, Q: tl.constexpr, PB: tl.constexpr,
@@ -287,19 +293,22 @@ def chunk_backward_kernel(
             skips = tl.where(base == 0, 1.0, 0.0)  # D x counts once
     first_head = group.to(tl.int32) * heads_per_group + split * heads_per_program
     head_count = tl.minimum(heads_per_program, heads_per_group - split * heads_per_program)
-    x_row = x + base * x_sd + row * x_sb
-    dy_row = dy + row * dy_sb
-    B_at = B + base * B_sd + row * B_sb + group * B_sg
-    C_at = C + base * C_sd + row * C_sb + group * C_sg
+    whole_row = first_row + row  # of the batch, of which these launches see a part
+    target_row = base * batch + whole_row
+    target_rows = (SCANS // DIRECTIONS) * batch
+    x_row = x + base * x_sd + whole_row * x_sb
+    dy_row = dy + whole_row * dy_sb
+    B_at = B + base * B_sd + whole_row * B_sb + group * B_sg
+    C_at = C + base * C_sd + whole_row * C_sb + group * C_sg
     matrix = ((base * rows + row) * groups + group) * splits + split
     matrix = states + mix_off + (matrix * slots + slot) * CHUNK * CHUNK
     block = job - TILES
     if job < TILES:
         _input_gradient(
             B_at, B_sl, B_sn, C_at, C_sl, C_sn, D, dy_row, dy_sl, dy_sh, dy_sp, dx, cu_ptr, ws,
-            states, cum_off, dtp_off, fade_off, carried_off, l, nseq, slots, rows, row, base,
-            slot * TILES + job, heads, first_head, head_count, segments, segment_slots, reverse,
-            skips, p, n,
+            states, cum_off, dtp_off, fade_off, carried_off, l, nseq, slots, rows, row, target_row,
+            base, slot * TILES + job, heads, first_head, head_count, segments, segment_slots,
+            reverse, skips, p, n,
             SCANS, DIRECTIONS, HAS_D, D_MATRIX, PACKED, SEGMENTED, P_TILES, N_TILES, CHUNK, Q, PB,
             NB, DOT, STAGES,
         )  # fmt: skip
@@ -307,8 +316,8 @@ def chunk_backward_kernel(
         _mixing_gradient(
             x_row, x_sl, x_sh, x_sp, B_at, B_sl, B_sn, C_at, C_sl, C_sn, dy_row, dy_sl, dy_sh,
             dy_sp, cu_ptr, ws, matrix, cum_off, dtp_off, row_off, far_off, column_off,
-            column_far_off, dD_off, l, nseq, slots, rows, row, base, slot, block, heads,
-            first_head, head_count, tiles, reverse, base.to(tl.int32), skips, p, n,
+            column_far_off, dD_off, l, nseq, slots, rows, row, base, target_row, target_rows, slot,
+            block, heads, first_head, head_count, tiles, reverse, base.to(tl.int32), skips, p, n,
             SCANS, DIRECTIONS, False, HAS_D, D_MATRIX, PACKED, P_TILES, N_TILES, CHUNK, Q, PB, NB,
             DOT, STAGES,
         )  # fmt: skip
@@ -321,8 +330,8 @@ def chunk_backward_kernel(
         _mixing_gradient(
             x_row, x_sl, x_sh, x_sp, B_at, B_sl, B_sn, C_at, C_sl, C_sn, dy_row, dy_sl, dy_sh,
             dy_sp, cu_ptr, ws, matrix, cum_off, dtp_off, row_off, far_off, column_off,
-            column_far_off, dD_off, l, nseq, slots, rows, row, base, slot, half, heads,
-            first_head, head_count, tiles, reverse, after, skips, p, n,
+            column_far_off, dD_off, l, nseq, slots, rows, row, base, target_row, target_rows, slot,
+            half, heads, first_head, head_count, tiles, reverse, after, skips, p, n,
             SCANS, DIRECTIONS, True, HAS_D, D_MATRIX, PACKED, P_TILES, N_TILES, CHUNK, Q, PB, NB,
             DOT, STAGES,
         )  # fmt: skip
@@ -424,8 +433,8 @@ def shared_backward_kernel(
     C_sd, C_sb, C_sl, C_sg, C_sn, dy_sb, dy_sl, dy_sh, dy_sp,
     cum_off, dtp_off, fade_off, carried_off, into_off, out_off, overlap_off, mix_off,
     dB_off, dC_off,
-    l, nseq, slots, rows, heads, heads_per_group, heads_per_program, splits, mix_splits,
-    segments, segment_slots, reverse, p, n,
+    l, nseq, slots, first_row, rows, batch, heads, heads_per_group, heads_per_program, splits,
+    mix_splits, segments, segment_slots, reverse, p, n,
     SCANS: tl.constexpr, DIRECTIONS: tl.constexpr, PACKED: tl.constexpr,
     SEGMENTED: tl.constexpr, P_TILES: tl.constexpr, N_TILES: tl.constexpr,
     CHUNK: tl.constexpr, Q: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr,
@@ -454,19 +463,21 @@ def shared_backward_kernel(
     first_head = group.to(tl.int32) * heads_per_group + split * heads_per_program
     head_count = tl.minimum(heads_per_program, heads_per_group - split * heads_per_program)
     token, valid = tokens_of(cu_ptr, slot, tl.arange(0, CHUNK), l, nseq, PACKED, CHUNK)
-    B_at = B + base * B_sd + row * B_sb + group * B_sg
-    C_at = C + base * C_sd + row * C_sb + group * C_sg
+    whole_row = first_row + row  # of the batch, of which these launches see a part
+    B_at = B + base * B_sd + whole_row * B_sb + group * B_sg
+    C_at = C + base * C_sd + whole_row * C_sb + group * C_sg
     line = (base * rows + row) * heads
     vectors = SCANS * rows.to(tl.int64) * heads * slots
     # The quadratic part belongs to the first split alone.
     mixes = tl.where(split == 0, mix_splits, 0)
     matrix = (base * rows + row) * groups + group
     matrix = states + mix_off + (matrix * mix_splits * slots + slot) * CHUNK * CHUNK
-    shift = (((split * (SCANS // DIRECTIONS) + base) * rows + row) * l * groups + group) * n
+    target_row = (split * (SCANS // DIRECTIONS) + base) * batch + whole_row
+    shift = (target_row * l * groups + group) * n
     if kind == 0:
         _shared_side(
-            x + base * x_sd + row * x_sb, x_sl, x_sp, x_sh, B_at, B_sl, B_sn, C_at, C_sl, C_sn,
-            matrix, CHUNK, 1, dB + dB_off + shift, ws + cum_off, ws + dtp_off,
+            x + base * x_sd + whole_row * x_sb, x_sl, x_sp, x_sh, B_at, B_sl, B_sn, C_at, C_sl,
+            C_sn, matrix, CHUNK, 1, dB + dB_off + shift, ws + cum_off, ws + dtp_off,
             ws + out_off + own * vectors * CHUNK, ws + overlap_off + own * vectors,
             states, ws, fade_off, carried_off, line, token, valid, slot, slots, rows, heads,
             groups, first_head, head_count, mixes, segments, segment_slots, reverse, own, p, n,
@@ -474,7 +485,7 @@ def shared_backward_kernel(
         )  # fmt: skip
     else:
         _shared_side(
-            dy + row * dy_sb, dy_sl, dy_sp, dy_sh, C_at, C_sl, C_sn, B_at, B_sl, B_sn,
+            dy + whole_row * dy_sb, dy_sl, dy_sp, dy_sh, C_at, C_sl, C_sn, B_at, B_sl, B_sn,
             matrix, 1, CHUNK, dC + dC_off + shift, ws + cum_off, ws + dtp_off,
             ws + into_off + own * vectors * CHUNK, ws + overlap_off,
             states, ws, fade_off, carried_off, line, token, valid, slot, slots, rows, heads,
@@ -488,7 +499,7 @@ def step_backward_kernel(
     dt, A, dt_bias, ddt, cu_ptr, ws, dt_sd, dt_sb, dt_sl, dt_sh,
     dtp_off, row_off, far_off, column_off, column_far_off, into_off, out_off,
     overlap_off, dA_off, dbias_off,
-    low, high, l, nseq, slots, rows, heads, reverse,
+    low, high, l, nseq, slots, first_row, rows, batch, heads, reverse,
     DIRECTIONS: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
     PACKED: tl.constexpr, N_TILES: tl.constexpr, CHUNK: tl.constexpr, Q: tl.constexpr,
     SLOTS: tl.constexpr,
@@ -541,6 +552,7 @@ def step_backward_kernel(
     whole = tl.sum(dcum, 1)[:, None]
     da = tl.where(reverse != 0, running, whole - running + dcum) + leaving[:, None]
     ddt_value = tl.load(A + direction * heads + head).to(tl.float32) * da + column
+    row += first_row  # of the batch, of which this launch sees a part
     dt_at = dt + direction * dt_sd + row * dt_sb + head * dt_sh
     raw = tl.load(dt_at + token * dt_sl, mask=valid, other=0.0).to(tl.float32)
     if HAS_BIAS:
@@ -550,9 +562,9 @@ def step_backward_kernel(
         active = softplus(raw)
         ddt_value *= tl.sigmoid(raw)
     ddt_value = tl.where(valid & (active >= low) & (active <= high), ddt_value, 0.0)
-    at = ((direction * rows + row) * l + token) * heads + head
+    at = ((direction * batch + row) * l + token) * heads + head
     tl.store(ddt + at, ddt_value.to(ddt.dtype.element_ty), mask=valid)
-    partial = ((direction * heads + head) * rows + row) * blocks + block
+    partial = ((direction * heads + head) * batch + row) * blocks + block
     tl.store(ws + dA_off + partial, tl.sum(tl.sum(da * dtp, 1)))
     if HAS_BIAS:
         tl.store(ws + dbias_off + partial, tl.sum(tl.sum(ddt_value, 1)))

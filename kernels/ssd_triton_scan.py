@@ -24,9 +24,9 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 # Arguments that change from call to call: no new compilation for each of their values.
 UNSPECIALIZED = (
-    "l", "nseq", "slots", "rows", "segments", "segment_slots", "reverse", "low", "high",
-    "dt_sd", "dt_sb", "dt_sl", "dt_sh", "tiles", "heads_per_program", "splits", "partials",
-    "mix_splits",
+    "l", "nseq", "slots", "first_row", "rows", "batch", "segments", "segment_slots", "reverse",
+    "low", "high", "dt_sd", "dt_sb", "dt_sl", "dt_sh", "tiles", "heads_per_program", "splits",
+    "partials", "mix_splits",
 )  # fmt: skip
 
 
@@ -66,12 +66,110 @@ def find_sequence(cu_ptr, slot, nseq, l, Q: tl.constexpr):
 
 
 @triton.jit
+def load_tile(pointer, token, row_stride, valid, offs, stride, mask):
+    """(tokens, columns) of a tensor with the given strides, 0 outside."""
+    return tl.load(
+        pointer + token[:, None] * row_stride + offs.to(tl.int64)[None, :] * stride,
+        mask=valid[:, None] & mask[None, :], other=0.0,
+    )  # fmt: skip
+
+
+@triton.jit
+def tokens_of(cu_ptr, slot, row_in_slot, l, nseq, PACKED: tl.constexpr, CHUNK: tl.constexpr):
+    """Token indices (int64) of a slot's rows and which of them lie in the slot's sequence."""
+    start = 0
+    end = l
+    first_slot = 0
+    if PACKED:
+        sequence = find_sequence(cu_ptr, slot, nseq, l, CHUNK)
+        start = sequence_start(cu_ptr, sequence, l)
+        end = sequence_start(cu_ptr, sequence + 1, l)
+        first_slot = start // CHUNK + sequence
+    token = start + (slot - first_slot) * CHUNK + row_in_slot
+    return token.to(tl.int64), (token >= start) & (token < end)
+
+
+@triton.jit
+def products(
+    left, left_sl, left_sn, left_token, left_valid, right, right_sl, right_sn, right_token,
+    right_valid, n, N_TILES: tl.constexpr, Q: tl.constexpr, NB: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """left rightᵀ over dstate: (q, q), float32."""
+    result = tl.zeros((Q, Q), dtype=tl.float32)
+    for tile in tl.static_range(N_TILES):
+        offs = tile * NB + tl.arange(0, NB)
+        a = load_tile(left, left_token, left_sl, left_valid, offs, left_sn, offs < n)
+        b = load_tile(right, right_token, right_sl, right_valid, offs, right_sn, offs < n)
+        result = tl.dot(a, tl.trans(b), result, input_precision=DOT)
+    return result
+
+
+@triton.jit
+def not_hoisted(offs, item):
+    """`offs` again, as far as anyone can tell changing with the loop: item stays below 2³⁰.
+
+    A mask made of it is computed anew each time, which is cheap, and not kept in a register for
+    each of its elements through a loop that is short of them.
+    """
+    return offs + (item >> 30)
+
+
+@triton.jit
+def decays(like, seen, later, earlier):
+    """2^(later - earlier) where seen, else 0, for a product `like` of finite numbers.
+
+    The look at `like` makes the compiler compute each element in the thread that holds that of the
+    product, instead of moving them all there through shared memory.
+    """
+    return tl.exp2(tl.where(seen & (like == like), later - earlier, float("-inf")))
+
+
+@triton.jit
+def enter_slot(cu_ptr, sequence, slot, descending, nseq, l, PACKED: tl.constexpr, Q: tl.constexpr):
+    """The sequence of a slot, given that of the slot before it in scan order.
+
+    With it where it starts and ends, and its first slot.
+    """
+    start = slot * 0
+    end = start + l
+    first_slot = slot * 0
+    if PACKED:
+        here = sequence_start(cu_ptr, sequence, l) // Q + sequence
+        after = sequence_start(cu_ptr, sequence + 1, l) // Q + sequence + 1
+        step = tl.where(descending, -(slot < here).to(tl.int32), (slot >= after).to(tl.int32))
+        sequence = tl.minimum(tl.maximum(sequence + step, 0), nseq - 1)
+        start = sequence_start(cu_ptr, sequence, l)
+        end = sequence_start(cu_ptr, sequence + 1, l)
+        first_slot = start // Q + sequence
+    return sequence, start, end, first_slot
+
+
+@triton.jit
+def _sum_and_last(a, size, next_a, next_size):
+    return a + next_a, next_size
+
+
+@triton.jit
+def step_sizes(raw, valid, bias, a_log2, low, high, SOFTPLUS: tl.constexpr):
+    """dt' of a chunk's tokens, 0 where there are none; the running sum of dt' A and the whole."""
+    dt = raw.to(tl.float32) + bias
+    if SOFTPLUS:
+        dt = softplus(dt)
+    dt = tl.where(valid, tl.minimum(tl.maximum(dt, low), high), 0.0)
+    a = dt * a_log2
+    # dt' goes through the running sum unchanged: the compiler would otherwise compute softplus
+    # anew for each row of a tile, in every thread that holds a part of it.
+    cum, size = tl.associative_scan((a, dt), 0, _sum_and_last)
+    return size, cum, tl.sum(a, 0)
+
+
+@triton.jit
 def _scan(
     X, x_sl, x_sp, V, v_sl, v_sn, DT, dt_sl, bias, a_log2, low, high,
     INIT, FINAL, STATES, CUM, DTP, FADE, MARKS, CARRY,
     cu_ptr, state_row, l, nseq, slots, segment, segment_slots, head, heads, reverse,
     p_start, n_start, p, n,
-    SOFTPLUS: tl.constexpr, PACKED: tl.constexpr, SEGMENTED: tl.constexpr,
+    SOFTPLUS: tl.constexpr, PACKED: tl.constexpr, SEGMENTED: tl.constexpr, STORES: tl.constexpr,
     HAS_INIT: tl.constexpr, HAS_FINAL: tl.constexpr, GRADIENT: tl.constexpr,
     Q: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -111,19 +209,14 @@ def _scan(
     fade = 0.0
     ended = -1.0
 
+    sequence, start, end, first_slot = enter_slot(
+        cu_ptr, sequence, entry_slot, descending, nseq, l, PACKED, Q
+    )
+    ahead = (start + (entry_slot - first_slot) * Q + row).to(tl.int64)
+    raw = tl.load(DT + ahead * dt_sl, mask=(ahead >= start) & (ahead < end), other=0.0)
     for i in tl.range(0, count, num_stages=STAGES):
         slot = begin + tl.where(descending, count - 1 - i, i)
-        start = 0
-        end = l
-        first_slot = 0
         if PACKED:
-            here = sequence_start(cu_ptr, sequence, l) // Q + sequence
-            after = sequence_start(cu_ptr, sequence + 1, l) // Q + sequence + 1
-            step = tl.where(descending, -(slot < here).to(tl.int32), (slot >= after).to(tl.int32))
-            sequence = tl.minimum(tl.maximum(sequence + step, 0), nseq - 1)
-            start = sequence_start(cu_ptr, sequence, l)
-            end = sequence_start(cu_ptr, sequence + 1, l)
-            first_slot = start // Q + sequence
             last_slot = end // Q + sequence
             enters = slot == tl.where(descending, last_slot, first_slot)
             leaves = slot == tl.where(descending, first_slot, last_slot)
@@ -135,27 +228,31 @@ def _scan(
             else:
                 state = tl.where(enters, 0.0, state)
 
-        token = start + (slot - first_slot) * Q + row
+        token = (start + (slot - first_slot) * Q + row).to(tl.int64)
         valid = (token >= start) & (token < end)
-        token = token.to(tl.int64)
-        dt = tl.load(DT + token * dt_sl, mask=valid, other=0.0).to(tl.float32) + bias
-        if SOFTPLUS:
-            dt = softplus(dt)
-        dt = tl.where(valid, tl.minimum(tl.maximum(dt, low), high), 0.0)
-        a = dt * a_log2
-        cum = tl.cumsum(a, 0)
-        total = tl.sum(a, 0)
+        dt, cum, total = step_sizes(raw, valid, bias, a_log2, low, high, SOFTPLUS)
+        this_sequence = sequence
+        # The next chunk's step sizes: too few bytes for the compiler to load them ahead.
+        next_slot = begin + tl.where(descending, count - 2 - i, i + 1)
+        sequence, start, end, first_slot = enter_slot(
+            cu_ptr, sequence, next_slot, descending, nseq, l, PACKED, Q
+        )
+        ahead = (start + (next_slot - first_slot) * Q + row).to(tl.int64)
+        raw = tl.load(
+            DT + ahead * dt_sl, mask=(ahead >= start) & (ahead < end) & (i + 1 < count), other=0.0
+        )
         if GRADIENT:
             weight = tl.exp2(cum)
         else:
             weight = tl.exp2(total - cum) * dt
-            if first_tile:
+            if STORES and first_tile:
                 tl.store(CUM + slot * Q + row, cum)
                 tl.store(DTP + slot * Q + row, dt)
-        stored = STATES + slot.to(tl.int64) * p * n
-        tl.store(stored + tile, state.to(STATES.dtype.element_ty), mask=tile_mask)
+        if STORES:
+            stored = STATES + slot.to(tl.int64) * p * n
+            tl.store(stored + tile, state.to(STATES.dtype.element_ty), mask=tile_mask)
         if SEGMENTED:
-            if first_tile:
+            if STORES and first_tile:
                 tl.store(FADE + slot, tl.where(alive > 0.0, tl.exp2(fade), 0.0))
             fade += total
 
@@ -172,7 +269,7 @@ def _scan(
 
         if PACKED:
             if HAS_FINAL:
-                target = FINAL + (sequence.to(tl.int64) * heads + head) * p * n
+                target = FINAL + (this_sequence.to(tl.int64) * heads + head) * p * n
                 tl.store(target + tile, state, mask=tile_mask & leaves)
             if SEGMENTED:
                 faded = tl.where(alive > 0.0, tl.exp2(fade), 0.0)
@@ -201,9 +298,9 @@ def scan_kernel(
     x_sd, x_sb, x_sl, x_sh, x_sp, B_sd, B_sb, B_sl, B_sg, B_sn,
     C_sd, C_sb, C_sl, C_sg, C_sn, dy_sb, dy_sl, dy_sh, dy_sp, dt_sd, dt_sb, dt_sl, dt_sh,
     cum_off, dtp_off, fade_off, marks_off, carry_off,
-    low, high, l, nseq, slots, rows, heads, heads_per_group, segments, segment_slots, reverse,
-    p, n,
-    DIRECTIONS: tl.constexpr, BACKWARD: tl.constexpr, HAS_BIAS: tl.constexpr,
+    low, high, l, nseq, slots, first_row, rows, batch, heads, heads_per_group, segments,
+    segment_slots, reverse, p, n,
+    DIRECTIONS: tl.constexpr, BACKWARD: tl.constexpr, STORES: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_INIT: tl.constexpr, HAS_FINAL: tl.constexpr, HAS_DFINAL: tl.constexpr,
     HAS_DINIT: tl.constexpr, SOFTPLUS: tl.constexpr, PACKED: tl.constexpr,
     SEGMENTED: tl.constexpr, P_TILES: tl.constexpr, N_TILES: tl.constexpr,
@@ -220,18 +317,19 @@ def scan_kernel(
     segment = pid % segments
     pid = pid // segments
     line = pid // rows  # kind and direction
-    row = (pid % rows).to(tl.int64)
+    part_row = (pid % rows).to(tl.int64)
+    row = first_row + part_row
     direction = (line % DIRECTIONS).to(tl.int64)
     kind = line // DIRECTIONS
     if DIRECTIONS == 2:
         reverse = direction.to(tl.int32)
 
-    sequences = rows
+    sequences = batch
     if PACKED:
         sequences = nseq
     state_shift = direction * sequences * heads * p * n  # direction is int64
-    one = (direction * rows + row) * heads + head  # this direction, row and head
-    this = (pid // rows * rows + row) * heads + head  # and this kind
+    one = (direction * rows + part_row) * heads + head  # this direction, row and head
+    this = (line * rows + part_row) * heads + head  # and this kind
     group = head // heads_per_group
     dt_at = dt + direction * dt_sd + row * dt_sb + head * dt_sh
     a_log2 = tl.load(A + direction * heads + head).to(tl.float32) * LOG2E
@@ -253,7 +351,8 @@ def scan_kernel(
             states_at, cum_at, dtp_at, fade_at, marks_at, carry_at,
             cu_ptr, row.to(tl.int32), l, nseq, slots, segment, segment_slots, head, heads, reverse,
             p_start, n_start, p, n,
-            SOFTPLUS, PACKED, SEGMENTED, HAS_INIT, HAS_FINAL, False, Q, PB, NB, DOT, STAGES,
+            SOFTPLUS, PACKED, SEGMENTED, STORES, HAS_INIT, HAS_FINAL, False, Q, PB, NB, DOT,
+            STAGES,
         )  # fmt: skip
     elif BACKWARD:
         _scan(
@@ -264,7 +363,8 @@ def scan_kernel(
             states_at, cum_at, dtp_at, fade_at, marks_at, carry_at,
             cu_ptr, row.to(tl.int32), l, nseq, slots, segment, segment_slots, head, heads, reverse,
             p_start, n_start, p, n,
-            SOFTPLUS, PACKED, SEGMENTED, HAS_DFINAL, HAS_DINIT, True, Q, PB, NB, DOT, STAGES,
+            SOFTPLUS, PACKED, SEGMENTED, STORES, HAS_DFINAL, HAS_DINIT, True, Q, PB, NB, DOT,
+            STAGES,
         )  # fmt: skip
 
 
@@ -276,7 +376,7 @@ def _chain(decay, value, next_decay, next_value):
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def carry_segments_kernel(
     ws, states, final, dinit, marks_off, carry_off, carried_off,
-    nseq, rows, heads, segments, reverse, p, n,
+    nseq, rows, batch, heads, segments, reverse, p, n,
     DIRECTIONS: tl.constexpr, PACKED: tl.constexpr, HAS_FINAL: tl.constexpr,
     HAS_DINIT: tl.constexpr, SEGMENT_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -293,7 +393,7 @@ def carry_segments_kernel(
     if DIRECTIONS == 2:
         reverse = direction.to(tl.int32)
     descending = (kind == 1) != (reverse != 0)
-    sequences = rows
+    sequences = batch
     if PACKED:
         sequences = nseq
     marks = ws + marks_off + this * segments * 4

@@ -25,7 +25,7 @@ STEPS = ("dt", "A", "dt_bias")
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU tests cover this")
 DIRECTIONS = [{}, {"reverse": True}, {"both": True}]
-SMALL_CHUNKS = {"chunk": 32, "tile": 16}
+SMALL_CHUNKS = {"forward_chunk": 16, "chunk": 32, "tile": 16}
 
 
 @pytest.fixture(autouse=True)
@@ -152,7 +152,7 @@ def test_packed(monkeypatch, direction):
 def test_cut_into_segments_and_splits(monkeypatch, direction):
     """Segments, heads split over programs, and tiles over headdim and dstate, all at once."""
     use_tiling(
-        monkeypatch, chunk=16, tile=16, scan_programs=64, least_segment=1, forward_programs=64,
+        monkeypatch, forward_chunk=16, chunk=16, tile=16, scan_programs=64, least_segment=1,
         backward_programs=64, shared_programs=64,
     )  # fmt: skip
     monkeypatch.setattr(ssd_triton, "_p_block", lambda p, dtype: 16)
@@ -162,6 +162,28 @@ def test_cut_into_segments_and_splits(monkeypatch, direction):
     torch.manual_seed(0)
     case, options = split_options(direction)
     check(draw(l=45, p=20, n=20, d_matrix=True, **case), **options)
+
+
+@interpreted
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_in_parts_of_the_batch(monkeypatch, direction):
+    use_tiling(monkeypatch, **SMALL_CHUNKS)
+    monkeypatch.setattr(ssd_triton, "MOST_WORKSPACE", 100_000)
+    torch.manual_seed(0)
+    case, options = split_options(direction)
+    check(draw(b=3, l=37, h=2, p=16, n=16, d_matrix=True, **case), **options)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "case", [{"b": 3}, {"per_direction": ("x", "B", "C")}, {"bounds": [0, 1, 20, 45]}]
+)
+def test_both_directions_through_stored_states(monkeypatch, case):
+    use_tiling(monkeypatch, **SMALL_CHUNKS, scan_programs=8, least_segment=1)
+    monkeypatch.setattr(ssd_triton, "CHUNKED_DSTATE", 0)
+    monkeypatch.setattr(ssd_triton, "MOST_STATES", 40_000)
+    torch.manual_seed(0)
+    check(draw(l=45, both=True, **case), case.get("bounds"))
 
 
 @interpreted
@@ -296,6 +318,22 @@ def test_shapes_on_gpu(case):
     torch.manual_seed(0)
     case, options = split_options(case)
     check(draw(dtype=torch.bfloat16, device="cuda", **case), case.get("bounds"), **options)
+
+
+@gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("dstate_from", [0, 10_000])
+@pytest.mark.parametrize("n", [64, 128])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_designs_and_parts_on_gpu(monkeypatch, dstate_from, n, direction):
+    monkeypatch.setattr(ssd_triton, "CHUNKED_DSTATE", dstate_from)
+    monkeypatch.setattr(ssd_triton, "MOST_WORKSPACE", 1_000_000)
+    monkeypatch.setattr(ssd_triton, "MOST_STATES", 1_000_000)
+    monkeypatch.setattr(ssd_triton, "_prepared", {})
+    torch.manual_seed(0)
+    case, options = split_options(direction)
+    shape = {"b": 5, "l": 1100, "h": 3, "p": 72, "n": n, "dtype": torch.bfloat16}
+    check(draw(**shape, device="cuda", **case), **options)
 
 
 @gpu
