@@ -29,8 +29,6 @@ from mamba2_apps.tasks import CTC
 
 PCM_FORMATS = {"s16le": ("<i2", 2**15), "f32le": ("<f4", 1)}
 CHUNK_SECONDS = 0.1
-STEP_UP_TO = 4
-"""Tokens up to which stepping through the backbone is faster than a pass over them on a CPU."""
 
 
 class AudioStream:
@@ -91,18 +89,10 @@ class AudioStream:
         return round(self.received / self.rate, 4)
 
     def _read(self, tokens: Tensor) -> bool:
-        length = tokens.shape[1]
-        if length == 0:
+        if tokens.shape[1] == 0:
             return False
-        if length <= STEP_UP_TO:
-            hidden = []
-            for token in tokens.unbind(1):
-                h, self._state = self.model.backbone.step(token, self._state)
-                hidden.append(h)
-            self._reader.read(torch.stack(hidden, 1))
-        else:
-            h, self._state = self.model.backbone(tokens, state=self._state, return_state=True)
-            self._reader.read(h)
+        hidden, self._state = self.model.backbone(tokens, state=self._state, return_state=True)
+        self._reader.read(hidden)
         return True
 
 

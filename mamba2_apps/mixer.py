@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mamba2_apps import kernels
+from mamba2_apps import few_tokens, kernels
 from mamba2_apps.checks import check_call, is_count, require
 from mamba2_apps.kernels import causal_conv1d, gated_rms_norm, ssd_step
 from mamba2_apps.padding import LeftAligned, data_positions
@@ -310,6 +310,9 @@ class Mamba2(nn.Module):
     def step(self, u: Tensor, state: Mamba2State) -> tuple[Tensor, Mamba2State]:
         """One token: u (b, d_model) and a state to (b, d_model) and the state after it."""
         self._require_causal("step")
+        if few_tokens.serves(self, u[:, None]):
+            y, *after = few_tokens.mix(self, u[:, None], state.conv, state.ssm)
+            return y[:, 0], Mamba2State(*after)
         *mlp, z, xBC, dt = self.in_proj(u).split(self._split_sizes, dim=-1)
         xBC, window = causal_conv1d(
             xBC[:, None],
@@ -344,6 +347,10 @@ class Mamba2(nn.Module):
     ) -> tuple[Tensor, Mamba2State | None]:
         if self.context_parallel is not None and lengths is not None:
             raise ValueError("a mask cannot be used on a sequence that is split over ranks")
+        alone = lengths is None and cu_seqlens is None and return_state
+        if alone and state is not None and few_tokens.serves(self, u):
+            y, *after = few_tokens.mix(self, u, state.conv, state.ssm)
+            return y, Mamba2State(*after)
         *mlp, z, xBC, dt = self.in_proj(u).split(self._split_sizes, dim=-1)
         if self.bidirectional:
             y, final_state = self._scan_both_ways(xBC, dt, lengths, cu_seqlens), None
