@@ -14,7 +14,7 @@ from urllib.parse import unquote
 from Bio import BiopythonParserWarning, SeqIO
 
 from mamba2_apps.data import UnreadableInput
-from mamba2_apps.genomics.fasta import Record
+from mamba2_apps.genomics.fasta import MemoryGenome, Record
 from mamba2_apps.genomics.intervals import Feature, check_bounds, reconcile_contigs
 from mamba2_apps.genomics.sequences import check_sequence
 from mamba2_apps.genomics.text_files import number, open_text, read_fields, truncated
@@ -170,6 +170,11 @@ def read_genbank(path: str | PathLike[str]) -> Iterator[tuple[Record, list[Featu
         raise UnreadableInput(f"{fspath(path)}: after record {records}: {error}") from error
     if not records:
         raise UnreadableInput(f"{fspath(path)} holds no GenBank record; expected a line LOCUS")
+
+
+def genbank_genome(path: str | PathLike[str]) -> MemoryGenome:
+    """The sequences of a GenBank file, in memory."""
+    return MemoryGenome({record.name: record.sequence for record, _ in read_genbank(path)}, path)
 
 
 def joined(features: Iterable[Feature], kind: str = "CDS") -> list[Feature]:

@@ -88,7 +88,7 @@ class Genome(Mapping[str, int]):
         """Length of a contig. Raises KeyError."""
         return self._entries[contig].length
 
-    def __reduce__(self) -> tuple[type, tuple[Path]]:
+    def __reduce__(self) -> tuple[Any, ...]:
         return Genome, (self.path,)
 
     def __iter__(self) -> Iterator[str]:
@@ -111,14 +111,35 @@ class Genome(Mapping[str, int]):
                 f"{self.path}: {place(contig, start, end)} is not within {contig}, which has "
                 f"{entry.length:,} bases"
             )
-        if start == end:
-            return ""
+        return self._letters(contig, start, end) if start < end else ""
+
+    def _letters(self, contig: str, start: int, end: int) -> str:
+        entry = self._entries[contig]
         first, last = (
             entry.offset + p // entry.line_bases * entry.line_bytes + p % entry.line_bases
             for p in (start, end - 1)
         )
         letters = self._bytes.read(first, last + 1)
         return letters.replace(b"\n", b"").replace(b"\r", b"").decode("ascii")
+
+
+class MemoryGenome(Genome):
+    """Sequences in memory, with the interface of a `Genome`.
+
+    Args:
+        sequences: by name.
+        path: where they are from, for messages.
+    """
+
+    def __init__(self, sequences: Mapping[str, str], path: str | PathLike[str]) -> None:
+        self.path, self._sequences = Path(path), dict(sequences)
+        self._entries = {name: _Entry(0, len(text)) for name, text in self._sequences.items()}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return MemoryGenome, (self._sequences, self.path)
+
+    def _letters(self, contig: str, start: int, end: int) -> str:
+        return self._sequences[contig][start:end]
 
 
 def read_fasta(path: str | PathLike[str]) -> Iterator[Record]:

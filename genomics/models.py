@@ -72,6 +72,11 @@ class DNAModel(nn.Module):
                 "what comes before a base on the other strand is its future; set strands single, "
                 "or model.backbone.bidirectional true"
             )
+        if not backbone.bidirectional and getattr(tokens, "conv", None) is not None:
+            raise ValueError(
+                "adapter.context shows a causal model the tokens after each one; set it to 0, or "
+                "model.backbone.bidirectional true"
+            )
         if packed and backbone.attn_layer_idx:
             raise ValueError("model.packed is true; attention layers take padded batches only")
         if strands != "single":

@@ -1,0 +1,167 @@
+"""Any genome as data without labels, for masked or causal language models of DNA.
+
+Dimensions: seqlen l (bases)
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from mamba2_apps.data import DataModule, Sample
+from mamba2_apps.files import write_json
+from mamba2_apps.genomics.annotations import read_features
+from mamba2_apps.genomics.fasta import Genome
+from mamba2_apps.genomics.intervals import Feature
+from mamba2_apps.genomics.preprocessing import DNAPreprocessing, open_sequences
+from mamba2_apps.genomics.regions import (
+    Window,
+    cropped,
+    cut_share,
+    parsed,
+    whole,
+    windows_over,
+    without,
+)
+from mamba2_apps.genomics.splits import PARTS, region_leakage
+from mamba2_apps.genomics.tokenizers import Tokenizer
+
+
+class GenomeWindows(Dataset[Sample]):
+    """Windows of genomes as token ids, with a weight for each: less where it is soft-masked.
+
+    A base of N has no weight, since there is nothing to give back.
+    """
+
+    def __init__(
+        self,
+        windows: list[tuple[Genome, Window]],
+        tokenizer: Tokenizer,
+        soft_mask_weight: float,
+        slack: int,
+    ) -> None:
+        self.windows, self.tokenizer = windows, tokenizer
+        self.soft_mask_weight, self.slack = soft_mask_weight, slack
+
+    def __getitem__(self, index: int) -> Sample:
+        genome, window = self.windows[index]
+        low, high = window.known
+        start, end = max(window.start - self.slack, low), min(window.end + self.slack, high)
+        sequence = genome.fetch(window.contig, start, end)
+        ids = self.tokenizer.encode(sequence)
+        weights = torch.where(self.tokenizer.soft_mask(sequence), self.soft_mask_weight, 1.0)
+        unknown = torch.tensor(["N" in word for word in [*self.tokenizer.vocabulary, ""]])
+        return {"inputs": ids, "weights": weights.masked_fill(unknown[ids], 0.0)}
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+
+class GenomeText(DataModule):
+    """Windows of FASTA or GenBank files, split by contig or region.
+
+    Args:
+        batch_size: windows per step.
+        num_workers: processes that read and augment; 0 does it in the training process.
+        paths: FASTA or GenBank files.
+        tokenizer: `kind` (base, kmer, bpe) and its options.
+        window: bases per sample; a shorter contig is a sample of its own.
+        shift: random shift of training windows, in bases either way.
+        reverse_complement: chance that a training window is given as its other strand.
+        soft_mask_weight: how much a base in lower case counts in the loss, as in GPN (Benegas et
+            al. 2023); 1: as any other.
+        test_regions: contigs or regions to test on, such as chr2L or chr2R:1-1,000,000; null: the
+            last `held_share` of the bases.
+        val_regions: such for choosing the epoch; null: the last `held_share` of what is left.
+        held_share: part of the bases for each of both.
+        exclude: annotation file whose features' bases are never seen, held-out genes say.
+        exclude_margin: bases around those features that are not seen either.
+    """
+
+    def __init__(
+        self,
+        *,
+        batch_size: int = 8,
+        num_workers: int = 0,
+        paths: list[str],
+        tokenizer: dict[str, Any] | None = None,
+        window: int = 8192,
+        shift: int = 0,
+        reverse_complement: float = 0.0,
+        soft_mask_weight: float = 1.0,
+        test_regions: list[str] | None = None,
+        val_regions: list[str] | None = None,
+        held_share: float = 0.05,
+        exclude: str | None = None,
+        exclude_margin: int = 0,
+    ) -> None:
+        super().__init__(batch_size=batch_size, num_workers=num_workers)
+        if not paths:
+            raise ValueError("data.paths is empty, expected FASTA or GenBank files")
+        if not 0 < held_share < 0.5:
+            raise ValueError(f"data.held_share is {held_share}, expected between 0 and 0.5")
+        if soft_mask_weight < 0:
+            raise ValueError(f"data.soft_mask_weight is {soft_mask_weight}, expected at least 0")
+        self.paths, self.tokenizer = paths, tokenizer or {"kind": "base"}
+        if shift and self.tokenizer["kind"] != "base":
+            raise ValueError(f"data.shift is {shift}, which needs base tokens")
+        self.window, self.shift, self.reverse_complement = window, shift, reverse_complement
+        self.soft_mask_weight, self.held_share = soft_mask_weight, held_share
+        self.test_regions, self.val_regions = test_regions or [], val_regions or []
+        self.exclude, self.exclude_margin = exclude, exclude_margin
+        self.labels = []
+        if reverse_complement:
+            _ = self.preprocessing.tokens.complement  # raises for tokens without one
+
+    @property
+    def preprocessing(self) -> DNAPreprocessing:
+        return DNAPreprocessing(tokenizer=self.tokenizer)
+
+    def setup(self, stage: str) -> None:
+        genomes = [open_sequences(path) for path in self.paths]
+        owner: dict[str, Genome] = {}
+        for genome in genomes:
+            twice = owner.keys() & genome.keys()
+            if twice:
+                raise ValueError(f"{genome.path} has a contig {min(twice)!r}, as another file has")
+            owner |= dict.fromkeys(genome, genome)
+        lengths = {name: length for genome in genomes for name, length in genome.items()}
+        self.regions = self._regions_of_parts(lengths)
+        tokens = self.preprocessing.tokens
+        sets = []
+        for part in PARTS:
+            windows = list(windows_over(self.regions[part], self.window, lengths))
+            if not windows:
+                raise ValueError(f"the genomes leave no bases for {part}")
+            slack = self.shift if part == "train" else 0
+            pairs = [(owner[w.contig], w) for w in windows]
+            sets.append(GenomeWindows(pairs, tokens, self.soft_mask_weight, slack))
+        self.train_set, self.val_set, self.test_set = sets
+
+    def augment(self, sample: Sample) -> Sample:
+        sample = cropped(sample, self.window)
+        if self.reverse_complement and torch.rand(()) < self.reverse_complement:
+            ids = self.preprocessing.tokens.reverse_complement(sample["inputs"])
+            sample = {"inputs": ids, "weights": sample["weights"].flip(0)}
+        return sample
+
+    def report(self, task: Any, folder: Path) -> None:
+        write_json(folder / "leakage.json", region_leakage(self.regions, 0))
+
+    def _regions_of_parts(self, lengths: dict[str, int]) -> dict[str, list[Feature]]:
+        test, val = (parsed(texts, lengths) for texts in (self.test_regions, self.val_regions))
+        rest = without(without(whole(lengths), test), val)
+        if self.exclude is not None:
+            holes = [self._wider(f, lengths) for f in read_features(self.exclude, lengths)]
+            rest, test, val = (without(regions, holes) for regions in (rest, test, val))
+        if not test:
+            rest, test = cut_share(rest, self.held_share)
+        if not val:
+            rest, val = cut_share(rest, self.held_share)
+        return {"train": rest, "val": val, "test": test}
+
+    def _wider(self, feature: Feature, lengths: dict[str, int]) -> Feature:
+        start = max(feature.start - self.exclude_margin, 0)
+        end = min(feature.end + self.exclude_margin, lengths[feature.contig])
+        return Feature(contig=feature.contig, start=start, end=end)

@@ -1,0 +1,284 @@
+"""What a variant changes: the answer for the alternative allele less that for the reference.
+
+Both alleles are read in windows of one length around the same place, so that an insertion or
+deletion is not scored for its length: bases are added or dropped at the far end.
+
+- A causal language model gives the log-likelihood ratio of the two windows.
+- A masked one gives log p(alt) - log p(ref) at the hidden base (GPN, Benegas et al. 2023), for
+  substitutions; other alleles have no score.
+- A classifier or regressor gives the difference of each output: logits, or values.
+- A model that answers for each base gives each label's largest gain and largest loss around the
+  variant, as SpliceAI does (Jaganathan et al. 2019), at bases that both alleles have.
+
+Dimensions: batch b · seqlen l · outputs k
+"""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mamba2_apps.files import replacing
+from mamba2_apps.genomics.fasta import Genome
+from mamba2_apps.genomics.preprocessing import DNAPreprocessing, open_sequences
+from mamba2_apps.genomics.sequences import reverse_complement
+from mamba2_apps.genomics.tokenizers import Tokenizer
+from mamba2_apps.genomics.variants import (
+    Variant,
+    VariantFile,
+    VcfLine,
+    write_tsv,
+    write_vcf_header,
+    write_vcf_line,
+)
+from mamba2_apps.tasks import (
+    Classification,
+    MaskedReconstruction,
+    MultiLabel,
+    NextToken,
+    Regression,
+    Task,
+    TokenClassification,
+    TokenMultiLabel,
+    TrackRegression,
+)
+
+
+def allele_windows(genome: Genome, variant: Variant, size: int) -> tuple[str, str, int]:
+    """The reference and the alternative window, of one length, and the variant's place in them.
+
+    The length is `size`, or less on a contig that is shorter.
+    """
+    length = genome[variant.contig]
+    change = len(variant.alt) - len(variant.ref)
+    size = min(size, length, length + change)
+    start = variant.start - size // 2
+    # Both windows stay within the contig; the alternative one reaches `change` bases less far.
+    start = max(0, min(start, length - size, length + change - size))
+    offset = variant.start - start
+    reference = genome.fetch(variant.contig, start, start + size)
+    before = genome.fetch(variant.contig, start, variant.start)
+    after = genome.fetch(variant.contig, variant.end, min(start + size + max(-change, 0), length))
+    return reference, (before + variant.alt + after)[:size], offset
+
+
+class VariantScorer:
+    """Scores of variants by one model.
+
+    Args:
+        task: a RUN's task.
+        preprocessing: with which it was trained.
+        genome: the reference.
+        window: bases around a variant; None: those of the preprocessing, or 4,096.
+        both_strands: average the scores of both strands, for answers that mean the same on both; a
+            model that reads both strands does so by itself.
+
+    Raises ValueError for a task whose answers have no difference.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        preprocessing: DNAPreprocessing,
+        genome: Genome,
+        *,
+        window: int | None = None,
+        both_strands: bool = False,
+    ) -> None:
+        self.task, self.genome = task.eval(), genome
+        self.tokens: Tokenizer = preprocessing.tokens
+        self.window = window or preprocessing.length or 4096
+        if self.window < 2:
+            raise ValueError(f"window is {self.window}, expected at least 2 bases")
+        self.along = isinstance(task, TokenClassification | TokenMultiLabel | TrackRegression)
+        self.both_strands = both_strands
+        if both_strands and self.along:
+            raise ValueError(
+                "both_strands averages answers that mean the same on both strands; answers for "
+                "each base are those of one: train with model.strands equivariant"
+            )
+        if (self.along or isinstance(task, MaskedReconstruction)) and self.tokens.kind != "base":
+            raise ValueError(f"a score for each base needs base tokens, not {self.tokens.kind}")
+        self.descriptions = self._describe()
+
+    def _describe(self) -> dict[str, str]:
+        """Names of the scores and what they are, for a VCF's header."""
+        task = self.task
+        if isinstance(task, NextToken | MaskedReconstruction):
+            kind = "window" if isinstance(task, NextToken) else "hidden base"
+            return {"LLR": f"log-likelihood ratio of alternative and reference {kind}"}
+        if self.along:
+            return {
+                f"{_id(label)}_{change}": f"largest {change} of {label} within the window"
+                for label in task.labels
+                for change in ("gain", "loss")
+            }
+        if isinstance(task, Classification | MultiLabel | Regression):
+            what = "value" if isinstance(task, Regression) else "logit"
+            return {_id(x): f"{what} of {x}, alternative less reference" for x in task.labels}
+        raise ValueError(f"a RUN of {type(task).__name__} gives no score for a variant")
+
+    @torch.inference_mode()
+    def scores(self, variants: Sequence[Variant]) -> list[dict[str, float | None]]:
+        """Scores of each variant by name, None where the model has none for such an allele."""
+        windows = [allele_windows(self.genome, variant, self.window) for variant in variants]
+        if isinstance(self.task, MaskedReconstruction):
+            return [self._hidden_base(v, *w) for v, w in zip(variants, windows, strict=True)]
+        found: list[dict[str, float | None]] = [{} for _ in variants]
+        by_length: dict[int, list[int]] = {}
+        for index, (reference, _, _) in enumerate(windows):
+            by_length.setdefault(len(reference), []).append(index)
+        for indices in by_length.values():
+            pairs = [windows[i] for i in indices]
+            ours = self._outputs([reference for reference, _, _ in pairs])
+            theirs = self._outputs([alternative for _, alternative, _ in pairs])
+            for row, index in enumerate(indices):
+                if self.along:
+                    change = _aligned_change(
+                        ours[row], theirs[row], windows[index][2], variants[index]
+                    )
+                    values = torch.stack([change.amax(0), change.amin(0)], 1).flatten()
+                else:
+                    values = theirs[row] - ours[row]
+                found[index] = dict(zip(self.descriptions, values.tolist(), strict=True))
+        return found
+
+    def _outputs(self, sequences: list[str]) -> Tensor:
+        """(b, k) to compare, or (b, l, k), averaged over both strands where that is asked for."""
+        outputs = self._one_strand(sequences)
+        if self.both_strands:
+            outputs = (outputs + self._one_strand([reverse_complement(s) for s in sequences])) / 2
+        return outputs
+
+    def _one_strand(self, sequences: list[str]) -> Tensor:
+        ids = [self.tokens.encode(sequence) for sequence in sequences]
+        longest = max(map(len, ids))
+        mask = torch.zeros(len(ids), longest, dtype=torch.bool)
+        inputs = torch.zeros(len(ids), longest, dtype=torch.int64)
+        for row, found in enumerate(ids):
+            inputs[row, : len(found)], mask[row, : len(found)] = found, True
+        inputs, mask = inputs.to(self.task.device), mask.to(self.task.device)
+        outputs = self.task.model(inputs, None if bool(mask.all()) else mask).float()
+        if isinstance(self.task, NextToken):
+            scores = outputs[:, :-1].log_softmax(-1).gather(2, inputs[:, 1:, None])[..., 0]
+            return torch.where(mask[:, 1:], scores, 0).double().sum(1, keepdim=True)
+        if isinstance(self.task, TokenClassification):
+            return outputs.softmax(-1)
+        if isinstance(self.task, TokenMultiLabel):
+            return outputs.sigmoid()
+        if isinstance(self.task, Regression):
+            return self.task.values(outputs)
+        return outputs
+
+    def _hidden_base(
+        self, variant: Variant, reference: str, alternative: str, offset: int
+    ) -> dict[str, float | None]:
+        if len(variant.ref) != 1 or len(variant.alt) != 1:
+            return {"LLR": None}
+        scores = self._hidden(reference, offset, variant.alt, variant.ref)
+        if self.both_strands:
+            other = reverse_complement(reference)
+            alt, ref = reverse_complement(variant.alt), reverse_complement(variant.ref)
+            scores = (scores + self._hidden(other, len(other) - 1 - offset, alt, ref)) / 2
+        return {"LLR": scores}
+
+    def _hidden(self, sequence: str, offset: int, alt: str, ref: str) -> float:
+        inputs = self.tokens.encode(sequence)[None].to(self.task.device)
+        hide = torch.zeros_like(inputs, dtype=torch.bool)
+        hide[0, offset] = True
+        row = self.task({"inputs": inputs, "hide": hide})[0, offset].float().log_softmax(-1)
+        a, r = (int(self.tokens.encode(base)[0]) for base in (alt, ref))
+        return float(row[a] - row[r])
+
+
+def answerer(
+    preprocessing: DNAPreprocessing, sources: Sequence[str], output: Path | None
+) -> Callable[..., Iterator[dict[str, Any]]]:
+    """What `mamba2-apps predict RUN VARIANTS.vcf --genome GENOME --output OUT.vcf` does."""
+
+    def answer(
+        task: Task,
+        *,
+        genome: str,
+        window: int | None = None,
+        both_strands: bool = False,
+        at_once: int = 16,
+    ) -> Iterator[dict[str, Any]]:
+        """Score the variants of a VCF.
+
+        Args:
+            task: a RUN's task.
+            genome: FASTA or GenBank file of the reference.
+            window: bases around a variant.
+            both_strands: average the scores of both strands.
+            at_once: lines of the VCF per batch.
+        """
+        if len(sources) != 1:
+            raise ValueError(f"{len(sources)} files; scores go back into one VCF, give one INPUT")
+        if at_once < 1:
+            raise ValueError(f"--at-once is {at_once}, expected at least 1")
+        reference = open_sequences(genome)
+        scorer = VariantScorer(
+            task, preprocessing, reference, window=window, both_strands=both_strands
+        )
+        file = VariantFile(sources[0], reference)
+        scored = _scored_lines(scorer, file, at_once)
+        if output is None or output.suffix.lower() not in (".vcf", ".tsv"):
+            yield from (row for line, scores in scored for row in _rows(line, scores))
+            return
+        with replacing(output) as partial, partial.open("w", encoding="utf-8") as target:
+            if output.suffix.lower() == ".tsv":
+                write_tsv((row for line, s in scored for row in _rows(line, s)), target)
+                return
+            write_vcf_header(file, scorer.descriptions, target)
+            for line, scores in scored:
+                columns = {
+                    n: [None if s is None else s[n] for s in scores] for n in scorer.descriptions
+                }
+                write_vcf_line(line, columns, target)
+
+    return answer
+
+
+def _scored_lines(
+    scorer: VariantScorer, file: VariantFile, at_once: int
+) -> Iterator[tuple[VcfLine, list[dict[str, float | None] | None]]]:
+    """Lines with the scores of their alleles; what cannot be scored is None and counted."""
+    lines, unscored = iter(file), 0
+    while group := list(islice(lines, at_once)):
+        variants = [v for line in group for v in line.variants if v is not None]
+        scores = iter(scorer.scores(variants) if variants else [])
+        for line in group:
+            found = [None if v is None else next(scores) for v in line.variants]
+            unscored += sum(s is None or None in s.values() for s in found)
+            yield line, found
+    if unscored:
+        print(f"{file.path}: {unscored} alleles have no score (a dot)", file=sys.stderr)
+
+
+def _rows(line: VcfLine, scores: list[dict[str, float | None] | None]) -> Iterator[dict[str, Any]]:
+    contig, position, name, ref, alts = line.fields[:5]
+    for alt, found in zip(alts.split(","), scores, strict=True):
+        place = {"contig": contig, "position": int(position), "id": name, "ref": ref, "alt": alt}
+        yield {**place, **(found or {})}
+
+
+def _aligned_change(ours: Tensor, theirs: Tensor, offset: int, variant: Variant) -> Tensor:
+    """(m, k): change of each output at the bases that both alleles have."""
+    ref_end, alt_end = offset + len(variant.ref), offset + len(variant.alt)
+    shared = min(len(ours) - ref_end, len(theirs) - alt_end)
+    same = min(len(variant.ref), len(variant.alt))
+    before = theirs[: offset + same] - ours[: offset + same]
+    after = theirs[alt_end : alt_end + shared] - ours[ref_end : ref_end + shared]
+    return torch.cat([before, after])
+
+
+def _id(label: str) -> str:
+    """A label as a VCF's INFO key."""
+    spelled = label.replace("+", "_plus").replace("-", "_minus")
+    text = "".join(c if c.isalnum() or c == "_" else "_" for c in spelled)
+    return text if not text[:1].isdigit() else f"L{text}"

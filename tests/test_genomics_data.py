@@ -1,0 +1,402 @@
+"""Data sets of genomics: labels at the right base and strand, splits, leakage, augmentation."""
+
+import gzip
+import json
+
+import numpy as np
+import pytest
+import torch
+from Bio.Seq import Seq
+
+from mamba2_apps import load, recipes, runs
+from mamba2_apps.catalog import shipped
+from mamba2_apps.data import UnreadableInput
+from mamba2_apps.genomics.annotated import AnnotatedGenome, label_names, paint
+from mamba2_apps.genomics.coverage import Coverage
+from mamba2_apps.genomics.data import GenomicBenchmarks, SequenceTable, SplitConfig
+from mamba2_apps.genomics.intervals import Feature
+from mamba2_apps.genomics.preprocessing import DNAPreprocessing
+from mamba2_apps.genomics.pretraining import GenomeText
+from mamba2_apps.genomics.sequences import reverse_complement
+from mamba2_apps.genomics.splice import Splice
+from mamba2_apps.genomics.splits import (
+    PARTS,
+    assign_groups,
+    identical_groups,
+    mismatch_groups,
+    region_leakage,
+    sequence_leakage,
+    similar_groups,
+)
+from mamba2_apps.genomics.tokenizers import BaseTokenizer
+
+RNG = np.random.default_rng(0)
+TARGETS = ["donor", "acceptor", "codon", "intron", "start", "stop"]
+
+
+def dna(length):
+    return "".join(RNG.choice(list("ACGT"), length))
+
+
+def mutated(sequence, places):
+    letters = list(sequence)
+    for place in places:
+        letters[place] = {"A": "C", "C": "G", "G": "T", "T": "A"}[letters[place]]
+    return "".join(letters)
+
+
+# Splits
+
+
+def test_alike_sequences_are_grouped():
+    one, other = dna(300), dna(300)
+    near = mutated(one, [50, 200])
+    sequences = [one, other, one.lower(), reverse_complement(one), near, reverse_complement(near)]
+    assert identical_groups(sequences).tolist()[2:4] == [identical_groups(sequences)[0]] * 2
+    assert len(set(identical_groups(sequences))) == 3
+    groups = similar_groups(sequences, k=10)
+    assert len({groups[i] for i in (0, 2, 3, 4, 5)}) == 1
+    assert groups[1] != groups[0]
+
+
+def test_mismatches_are_counted_exactly():
+    base = dna(60)
+    chain = [base, mutated(base, range(6)), mutated(base, range(12)), dna(60)]
+    groups = mismatch_groups(chain, 6)
+    assert groups[0] == groups[1] == groups[2] != groups[3]
+    assert len(set(mismatch_groups(chain, 5))) == 4
+    with pytest.raises(ValueError, match="expected one length"):
+        mismatch_groups(["A", "AC"], 1)
+
+
+def test_parts_are_whole_groups_in_about_the_shares_asked_for():
+    groups = RNG.integers(0, 300, 1000)
+    labels = RNG.integers(0, 2, 1000)
+    parts = assign_groups(groups, (0.8, 0.1, 0.1), labels)
+    assert sorted(np.concatenate(parts)) == list(range(1000))
+    assert [round(len(p) / 1000, 1) for p in parts] == [0.8, 0.1, 0.1]
+    assert not set(groups[parts[0]]) & set(groups[parts[1]])
+    assert not set(groups[parts[0]]) & set(groups[parts[2]])
+    again = assign_groups(groups, (0.8, 0.1, 0.1), labels)
+    assert all(map(np.array_equal, parts, again))
+    with pytest.raises(ValueError, match="1 groups of similar sequences cannot be split"):
+        assign_groups(np.zeros(10, int), (0.8, 0.1, 0.1))
+
+
+def test_leakage_is_counted():
+    train = [dna(200) for _ in range(5)]
+    held = [reverse_complement(train[0]), mutated(train[1], [100]), dna(200)]
+    report = sequence_leakage({"train": train, "val": held, "test": held[2:]})
+    assert report["val"] == {"sequences": 3, "identical_to_train": 1, "similar_to_train": 2}
+    assert report["test"] == {"sequences": 1, "identical_to_train": 0, "similar_to_train": 0}
+
+    def regions(*spans):
+        return [Feature(contig="c", start=a, end=b) for a, b in spans]
+
+    report = region_leakage(
+        {"train": regions((100, 200)), "val": regions((150, 160)), "test": regions((250, 300))}, 50
+    )
+    assert report["val"]["overlapping_train"] == 1
+    assert report["test"] == {"regions": 1, "overlapping_train": 0, "within_reach_of_train": 1}
+
+
+# Splice
+
+
+@pytest.fixture(scope="module")
+def splice():
+    data = Splice(fold=3)
+    data.setup("fit")
+    return data
+
+
+def test_the_shipped_sample_is_whole_and_its_folds_keep_likes_together(splice):
+    sequences = [s for part in PARTS for s in splice.parts[part][0]]
+    targets = np.concatenate([splice.parts[part][1] for part in PARTS])
+    assert np.bincount(targets).tolist() == [1654, 767, 765]
+    assert {len(s) for s in sequences} == {60}
+    middle = [s[30:32] for s, t in zip(sequences, targets, strict=True) if t == 1]
+    assert middle.count("GT") == 759
+    groups = mismatch_groups(sequences, 6)
+    ends = np.cumsum([len(splice.parts[part][0]) for part in PARTS])
+    train, val, test = np.split(groups, ends[:2])
+    assert not set(test) & (set(train) | set(val))
+    assert not set(val) & set(train)
+    other = Splice(fold=4)
+    other.seed = 9
+    held = [data.split_parts(data.read())[2] for data in (splice, other, Splice(fold=4))]
+    assert not set(held[0]) & set(held[1])
+    np.testing.assert_array_equal(held[1], held[2])
+
+
+def test_splice_sequences_of_another_length_are_refused(splice):
+    with pytest.raises(UnreadableInput, match="has 4 bases; this model was trained on 60"):
+        splice.preprocessing(Seq("ACGT"))
+    with pytest.raises(ValueError, match="fold is 10"):
+        Splice(fold=10)
+
+
+# Tables and folders
+
+
+def test_a_table_of_classes_labels_and_values(tmp_path):
+    path = tmp_path / "t.tsv"
+    rows = [f"{dna(50)}\t{i % 2}\t{i / 8}\t{'ab'[i % 2]}" for i in range(60)]
+    path.write_text("sequence\tx\ty\tclass\n" + "\n".join(rows) + "\n")
+    data = SequenceTable(str(path), targets=["class"], reverse_complement=1.0)
+    data.setup("fit")
+    assert data.labels == ["a", "b"]
+    assert sum(map(len, (data.train_set, data.val_set, data.test_set))) == 60
+    sample = data.train_set[0]
+    turned = data.augment(sample)["inputs"]
+    assert torch.equal(BaseTokenizer().reverse_complement(turned), sample["inputs"])
+    assert set(data.baselines()["5-mer logistic regression"]) == {"accuracy", "macro_f1"}
+    assert data.leakage()["test"]["identical_to_train"] == 0
+    multi = SequenceTable(str(path), targets=["x"], kind="multilabel")
+    multi.setup("fit")
+    assert multi.train_set[0]["targets"].dtype == torch.float32
+    values = SequenceTable(str(path), targets=["x", "y"], kind="values")
+    values.setup("fit")
+    assert values.train_set[0]["targets"].shape == (2,)
+    for options, words in (
+        ({"targets": ["z"]}, "no column 'z'; it has sequence, x, y, class"),
+        ({"targets": ["class"], "kind": "values"}, "t.tsv:2: class is 'a', expected a number"),
+        ({"targets": ["y"], "kind": "multilabel"}, "y is '0.125', expected 0 or 1"),
+        ({"targets": ["class"], "part": "class"}, "class is 'a', expected train, val or test"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            SequenceTable(str(path), **options).setup("fit")
+
+
+def test_genomic_benchmarks_folders(tmp_path):
+    for part, count in (("train", 20), ("test", 5)):
+        for label in ("negative", "positive"):
+            folder = tmp_path / part / label
+            folder.mkdir(parents=True)
+            for i in range(count):
+                (folder / f"{i}.txt").write_text(dna(80))
+    data = GenomicBenchmarks(str(tmp_path), split=SplitConfig(shares=(0.8, 0.2, 0.0)))
+    data.setup("fit")
+    assert data.labels == ["negative", "positive"]
+    assert [len(s) for s in (data.train_set, data.val_set, data.test_set)] == [32, 8, 10]
+    with pytest.raises(ValueError, match="has no folder train"):
+        GenomicBenchmarks(str(tmp_path / "train")).setup("fit")
+
+
+# Annotated genomes
+
+
+def gene(strand="+"):
+    return Feature(
+        contig="c", start=10, end=40, strand=strand, blocks=((10, 17), (25, 40)), name="g"
+    )
+
+
+def test_labels_lie_at_their_bases():
+    columns = label_names(TARGETS)
+    plus = paint([gene()], 0, 50, TARGETS)
+    where = {name: np.flatnonzero(plus[:, i]).tolist() for i, name in enumerate(columns)}
+    assert where["donor+"] == [17]
+    assert where["acceptor+"] == [24]
+    assert where["intron+"] == list(range(17, 25))
+    assert where["start+"] == [10]
+    assert where["stop+"] == [39]
+    assert where["codon1+"] == [10, 13, 16, 27, 30, 33, 36, 39]
+    assert where["codon2+"] == [11, 14, 25, 28, 31, 34, 37]
+    assert not plus[:, len(columns) // 2 :].any()
+    # A gene on the other strand of the reversed genome has the reversed labels, halves swapped.
+    mirrored = Feature(
+        contig="c", start=10, end=40, strand="-", blocks=((10, 25), (33, 40)), name="g"
+    )
+    minus = paint([mirrored], 0, 50, TARGETS)
+    np.testing.assert_array_equal(np.roll(minus[::-1], len(columns) // 2, 1), plus)
+    np.testing.assert_array_equal(paint([gene()], 15, 30, TARGETS), plus[15:30])
+
+
+@pytest.fixture
+def annotated(tmp_path):
+    sequence = dna(5000)
+    (tmp_path / "g.fa").write_text(f">c\n{sequence}\n")
+    lines = [
+        f"c\t{at}\t{at + 90}\tg{i}\t0\t{'+-'[i % 2]}\t{at}\t{at + 90}\t0\t2\t30,40\t0,50"
+        for i, at in enumerate(range(200, 4800, 200))
+    ]
+    (tmp_path / "train.bed").write_text("\n".join(lines[:18]) + "\n")
+    (tmp_path / "test.bed").write_text("\n".join(lines[18:]) + "\n")
+    return tmp_path
+
+
+def test_labels_are_known_within_genes_only(annotated):
+    data = AnnotatedGenome(
+        genome=str(annotated / "g.fa"),
+        annotation=str(annotated / "train.bed"),
+        test_annotation=str(annotated / "test.bed"),
+        targets=["donor", "intron"],
+        known="genes",
+        window=64,
+        margin=20,
+        shift=10,
+        val_share=0.4,
+        reverse_complement=1.0,
+        exclude=["g2"],
+    )
+    data.setup("fit")
+    assert {name: len(regions) for name, regions in data.regions.items()} == {
+        "train": 9, "val": 8, "test": 5,
+    }  # fmt: skip
+    assert "g2" not in {r.name for regions in data.regions.values() for r in regions}
+    for part in (data.val_set, data.test_set):
+        for sample, window in zip(part, part.windows, strict=True):
+            known = ~sample["targets"].isnan().any(1).numpy()
+            place = np.arange(window.start, window.end)
+            first, last = window.known
+            np.testing.assert_array_equal(known, (place >= first) & (place < last))
+            assert len(sample["inputs"]) == 64
+    sample = data.train_set[0]
+    assert len(sample["inputs"]) == 84
+    torch.manual_seed(3)
+    turned = data.augment(sample)
+    assert turned["inputs"].shape == (64,)
+    back, labels = data._turned(turned["inputs"], turned["targets"])
+    text = BaseTokenizer().decode(sample["inputs"])
+    at = text.index(BaseTokenizer().decode(back))
+    torch.testing.assert_close(labels, sample["targets"][at : at + 64], equal_nan=True)
+    batch = data.preprocessing.collate([sample, turned])
+    assert batch["targets"].shape == (2, 84, 4)
+    assert batch["targets"][1, 64:].isnan().all()
+    assert batch["mask"].sum(1).tolist() == [84, 64]
+
+
+def test_a_whole_genome_is_split_by_region(annotated):
+    data = AnnotatedGenome(
+        genome=str(annotated / "g.fa"),
+        annotation=str(annotated / "train.bed"),
+        targets=["cds"],
+        test_regions=["c:4,001-5,000"],
+        exclude=["g0"],
+        window=500,
+    )
+    data.setup("fit")
+    seen = np.zeros((3, 5000), int)
+    for row, part in enumerate((data.train_set, data.val_set, data.test_set)):
+        for window in part.windows:
+            seen[row, max(window.start, window.known[0]) : min(window.end, window.known[1])] = 1
+    assert seen.sum(0).max() == 1
+    assert seen[2, 4000:].all()
+    assert seen[1].sum() == pytest.approx(400, abs=10)
+    assert not seen[:, 200:230].any()  # the first block of g0
+    for options, words in (
+        ({"test_regions": ["d"]}, "no contig 'd'"),
+        ({"exclude": ["nope"]}, "has \\['nope'\\]"),
+        ({"test_regions": ["c:1-9,000"]}, "c has the bases 1-5,000"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            AnnotatedGenome(
+                **{
+                    "genome": str(annotated / "g.fa"),
+                    "annotation": str(annotated / "train.bed"),
+                    "targets": ["cds"],
+                    "test_regions": ["c:4,001-5,000"],
+                    **options,
+                }
+            ).setup("fit")
+    with pytest.raises(ValueError, match=r"either data\.test_annotation or"):
+        AnnotatedGenome(annotation="x", targets=["cds"])
+
+
+def test_text_of_genomes_keeps_held_out_bases_unseen(annotated):
+    lower = annotated / "soft.fa"
+    lower.write_text(">c\n" + dna(1000) + dna(1000).lower() + "N" * 100 + dna(2900) + "\n")
+    data = GenomeText(
+        paths=[str(lower)],
+        window=300,
+        shift=100,
+        soft_mask_weight=0.1,
+        exclude=str(annotated / "test.bed"),
+        exclude_margin=10,
+        held_share=0.1,
+        reverse_complement=1.0,
+    )
+    data.setup("fit")
+    assert data.labels == []
+    weights = torch.cat([s["weights"] for s in data.train_set])
+    assert sorted(set(weights.tolist())) == pytest.approx([0, 0.1, 1])
+    for part in PARTS:
+        for region in data.regions[part]:
+            for line in (annotated / "test.bed").read_text().splitlines():
+                start, end = map(int, line.split("\t")[1:3])
+                assert region.end <= start - 10 or region.start >= end + 10
+    for genome, window in data.train_set.windows:
+        sample = data.train_set[data.train_set.windows.index((genome, window))]
+        assert len(sample["inputs"]) <= window.known[1] - window.known[0]
+    sample = data.train_set[2]
+    turned = data.augment(sample)
+    assert turned["inputs"].shape == turned["weights"].shape == (300,)
+
+
+def test_coverage_is_binned_where_it_was_measured(tmp_path):
+    (tmp_path / "g.fa").write_text(f">c\n{dna(1000)}\n")
+    (tmp_path / "t.wig.gz").write_bytes(
+        gzip.compress(b"fixedStep chrom=c start=101\n" + b"\n".join(b"%d" % i for i in range(600)))
+    )
+    data = Coverage(
+        genome=str(tmp_path / "g.fa"),
+        tracks=[str(tmp_path / "t.wig.gz")],
+        regions=["c:101-900"],
+        test_regions=["c:701-900"],
+        held_share=0.25,
+        window=64,
+        bin_size=8,
+    )
+    data.setup("fit")
+    assert data.labels == ["t"]
+    for part in (data.train_set, data.val_set, data.test_set):
+        for sample, window in zip(part, part.windows, strict=True):
+            start = window.start - 100
+            expected = np.arange(start, start + len(sample["inputs"]), dtype=np.float32)
+            expected[expected >= 600] = 0
+            means = expected.reshape(-1, 8).mean(1)
+            np.testing.assert_allclose(sample["targets"][:, 0], means)
+    assert data.baselines()["training mean"]["mae"] > 0
+    assert [r.end - r.start for r in data.regions["test"]] == [200]
+
+
+# Preprocessing and a RUN
+
+
+def test_records_of_files_are_inputs(tmp_path):
+    fasta, fastq = tmp_path / "a.fa", tmp_path / "b.fastq"
+    fasta.write_text(">x y\nACGT\n>z\nGGNCC\n")
+    fastq.write_text("@r\nACG\n+\nIII\n")
+    prepare = DNAPreprocessing()
+    items = prepare.find(str(tmp_path))
+    assert items == [f"{fasta}#x", f"{fasta}#z", f"{fastq}#1:r"]
+    rows = [prepare(item) for item in items]
+    assert [BaseTokenizer().decode(row) for row in rows] == ["ACGT", "GGNCC", "ACG"]
+    batch = prepare.collate([{"inputs": row} for row in rows])
+    assert batch["mask"].sum(1).tolist() == [4, 5, 3]
+    assert "mask" not in prepare.collate([{"inputs": rows[0]}] * 2)
+    with pytest.raises(UnreadableInput, match="has no record 'q'"):
+        prepare(f"{fasta}#q")
+    with pytest.raises(ValueError, match=r"none\.fa does not exist"):
+        prepare.find(str(tmp_path / "none.fa"))
+
+
+def test_a_run_of_splice_predicts_as_it_was_trained(tmp_path):
+    overrides = ["--trainer.max_epochs=2", "--optimizer.warmup_epochs=0.5", "--data.batch_size=512",
+                 "--model.backbone.n_layer=1", "--model.backbone.d_model=16",
+                 "--model.backbone.headdim=16", "--model.backbone.d_state=4",
+                 "--trainer.accelerator=cpu"]  # fmt: skip
+    metrics = runs.train(shipped()["genomics/splice"], tmp_path / "run", overrides)
+    assert set(metrics["baselines"]) == {"RBF-SVM", "500-tree forest", "logistic regression"}
+    leakage = json.loads((tmp_path / "run" / "leakage.json").read_text())
+    assert leakage["test"]["identical_to_train"] == 0
+    predictor = load(tmp_path / "run", device="cpu")
+    recipe, _ = recipes.read(tmp_path / "run" / "config.yaml")
+    recipe.data.setup("test")
+    sequences = recipe.data.parts["test"][0]
+    answers = predictor.predict([Seq(s) for s in sequences])
+    labels = [predictor.labels[t] for t in recipe.data.parts["test"][1]]
+    accuracy = np.mean([a["label"] == b for a, b in zip(answers, labels, strict=True)])
+    assert accuracy == pytest.approx(metrics["test"]["accuracy"], abs=1e-6)
+    assert predictor.embed([Seq(sequences[0])]).shape == (1, 16)

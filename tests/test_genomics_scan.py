@@ -1,0 +1,369 @@
+"""Chromosome prediction, variant effect, mutagenesis and reading frames."""
+
+import json
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from mamba2_apps.backbone import BackboneConfig
+from mamba2_apps.genomics import scan as scanning
+from mamba2_apps.genomics.adapter import TokenEmbedding
+from mamba2_apps.genomics.annotated import paint
+from mamba2_apps.genomics.annotations import read_bed
+from mamba2_apps.genomics.fasta import MemoryGenome
+from mamba2_apps.genomics.intervals import Feature
+from mamba2_apps.genomics.models import DNAModel
+from mamba2_apps.genomics.mutagenesis import mutagenesis_map
+from mamba2_apps.genomics.orfs import CODON_LABELS, decode_orfs, longest_orfs, open_frames
+from mamba2_apps.genomics.preprocessing import DNAPreprocessing
+from mamba2_apps.genomics.scan import predict_bases
+from mamba2_apps.genomics.sequences import reverse_complement
+from mamba2_apps.genomics.tokenizers import BaseTokenizer
+from mamba2_apps.genomics.tracks import read_track
+from mamba2_apps.genomics.variant_effect import VariantScorer, allele_windows
+from mamba2_apps.genomics.variants import Variant, VariantFile
+from mamba2_apps.heads import LanguageModelHead, PooledHead, TokenHead
+from mamba2_apps.tasks import (
+    Classification,
+    MaskedReconstruction,
+    NextToken,
+    OptimizerConfig,
+    TokenClassification,
+    TokenMultiLabel,
+)
+
+RNG = np.random.default_rng(0)
+SEQUENCE = "".join(RNG.choice(list("ACGT"), 1000))
+GENOME = {"one": SEQUENCE, "two": SEQUENCE[:333][::-1]}
+
+
+def task_of(kind, head, labels, *, bidirectional=True, **options):
+    torch.manual_seed(0)
+    model = DNAModel(
+        len(labels),
+        adapter=partial(TokenEmbedding, maskable=True),
+        backbone=BackboneConfig(16, 2, d_state=8, headdim=8, bidirectional=bidirectional),
+        head=head,
+        **options,
+    )
+    return kind(model.double(), labels, OptimizerConfig()).eval()
+
+
+@pytest.fixture
+def causal():
+    return task_of(TokenMultiLabel, TokenHead, ["a", "b+"], bidirectional=False)
+
+
+@pytest.fixture
+def both():
+    return task_of(TokenClassification, TokenHead, ["none", "x", "y"])
+
+
+@pytest.fixture
+def fasta(tmp_path):
+    path = tmp_path / "g.fa"
+    path.write_text("".join(f">{name}\n{text}\n" for name, text in GENOME.items()))
+    return path
+
+
+def one_pass(task, text):
+    outputs = task.model(BaseTokenizer().encode(text)[None])[0]
+    multi = isinstance(task, TokenMultiLabel)
+    return (outputs.sigmoid() if multi else outputs.softmax(-1)).detach().float().numpy()
+
+
+@pytest.mark.parametrize("window", [1, 64, 333, 5000])
+def test_a_stream_is_one_pass_whatever_the_window(causal, window):
+    genome = GENOME if window > 1 else {"one": SEQUENCE[:40]}
+    answers, stitch = predict_bases(causal, genome, window=window)
+    assert stitch.bases == 0
+    for (name, start, end), values in answers.items():
+        assert (start, end) == (0, len(genome[name]))
+        np.testing.assert_allclose(values, one_pass(causal, genome[name]), atol=1e-6)
+
+
+def test_a_stream_of_a_language_model_gives_log_likelihoods():
+    task = task_of(NextToken, LanguageModelHead, [], bidirectional=False)
+    (values,) = predict_bases(task, {"one": SEQUENCE}, window=77)[0].values()
+    ids = BaseTokenizer().encode(SEQUENCE)
+    scores = task.model(ids[None])[0].log_softmax(-1)
+    expected = scores[:-1].gather(1, ids[1:, None])[:, 0].detach().numpy()
+    assert np.isnan(values[0])
+    np.testing.assert_allclose(values[1:, 0], expected, atol=1e-5)
+
+
+def test_windows_meet_with_a_measured_error(both):
+    whole = one_pass(both, SEQUENCE)
+    errors = []
+    for overlap in (0, 16, 128, 1000):
+        answers, stitch = predict_bases(both, {"one": SEQUENCE}, window=100, overlap=overlap)
+        (values,) = answers.values()
+        errors.append((np.abs(values - whole).max(), stitch))
+    assert errors[0][1].bases == 0
+    assert errors[0][0] > errors[2][0]
+    assert 0 < errors[2][1].largest < errors[1][1].largest
+    assert errors[2][1].bases == 9 * 128
+    assert errors[2][1].mean <= errors[2][1].largest
+    np.testing.assert_allclose(errors[3][0], 0, atol=1e-6)
+
+
+def run_answerer(task, sources, output, *, stream=False, **options):
+    answer = DNAPreprocessing().answerer(sources, output=output, stream=stream)
+    return list(answer(task, **options))
+
+
+def test_tracks_are_written_and_an_interrupted_scan_goes_on(causal, fasta, tmp_path, monkeypatch):
+    output, calls = tmp_path / "o.bedgraph", []
+    step = scanning.Scan._next
+
+    def breaking(self, *arguments):
+        calls.append(arguments[1])
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return step(self, *arguments)
+
+    monkeypatch.setattr(scanning.Scan, "_next", breaking)
+    options = {"window": 100, "label": ["a"]}
+    with pytest.raises(KeyboardInterrupt):
+        run_answerer(causal, [str(fasta)], output, **options)
+    folder = tmp_path / ".o.bedgraph.scan"
+    assert not output.exists()
+    assert len(list(folder.glob("*.npy"))) == 5
+    with pytest.raises(ValueError, match="an interrupted scan of other options"):
+        run_answerer(causal, [str(fasta)], output, window=101)
+    run_answerer(causal, [str(fasta)], output, **options)
+    assert len(calls) == 6 + 5 + 4  # the sixth piece again, the rest of one, and two
+    assert not folder.exists()
+    for name, text in GENOME.items():
+        values = read_track(output, {n: len(t) for n, t in GENOME.items()}, name, 0, len(text))
+        np.testing.assert_allclose(values, one_pass(causal, text)[:, 0], rtol=1e-3)
+
+
+def test_a_region_and_several_labels_in_big_wig(causal, fasta, tmp_path):
+    pytest.importorskip("pyBigWig")
+    output = tmp_path / "o.bw"
+    run_answerer(causal, [str(fasta)], output, region=["one:101-300"], stream=True)
+    assert sorted(p.name for p in tmp_path.glob("*.bw")) == ["o.a.bw", "o.b+.bw"]
+    values = read_track(tmp_path / "o.b+.bw", {"one": 1000, "two": 333}, "one", 0, 1000)
+    assert np.isnan(values[:100]).all()
+    np.testing.assert_allclose(
+        values[100:300], one_pass(causal, SEQUENCE[100:300])[:, 1], rtol=1e-3
+    )
+
+
+def test_bed_holds_the_called_segments(both, causal, fasta, tmp_path, capsys):
+    output = tmp_path / "o.bed"
+    run_answerer(both, [str(fasta)], output, window=150, overlap=1000)
+    assert "stitch error" in capsys.readouterr().err
+    called = np.zeros((1000, 3), bool)
+    for feature in read_bed(output):
+        if feature.contig == "one":
+            called[feature.start : feature.end, {"x": 1, "y": 2}[feature.name]] = True
+    chosen = one_pass(both, SEQUENCE).argmax(1)
+    for column in (1, 2):
+        np.testing.assert_array_equal(called[:, column], chosen == column)
+    rows = run_answerer(causal, [str(fasta)], None, stream=True, threshold=0.4, label=["b+"])
+    assert {row["strand"] for row in rows} == {"+"}
+    spans = sum(row["end"] - row["start"] for row in rows)
+    assert spans == sum((one_pass(causal, t)[:, 1] >= 0.4).sum() for t in GENOME.values())
+    assert json.dumps(rows)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"stream": True}, "--stream needs a causal model"),
+        ({"region": ["one:1-2000"]}, "one has the bases 1-1,000"),
+        ({"label": ["z"]}, "--label is 'z', expected one of none, x, y"),
+        ({"decode": "orfs"}, "open reading frames need the labels codon1"),
+        ({"window": 0}, "window is 0"),
+    ],
+)
+def test_impossible_scans_are_refused(both, fasta, tmp_path, options, words):
+    with pytest.raises(ValueError, match=words):
+        run_answerer(both, [str(fasta)], tmp_path / "o.bed", **options)
+
+
+def test_a_stream_of_both_strands_is_refused(fasta, tmp_path):
+    task = task_of(Classification, PooledHead, ["a", "b"], bidirectional=False, strands="average")
+    with pytest.raises(ValueError, match="answers once for a sequence"):
+        run_answerer(task, [str(fasta)], tmp_path / "o.bed")
+
+
+# Variants
+
+
+def windows_of(variant, size=40):
+    return allele_windows(MemoryGenome(GENOME, "g"), variant, size)
+
+
+@pytest.mark.parametrize(
+    ("start", "ref", "alt"),
+    [
+        (500, 1, "T"),
+        (500, 1, "TTTTT"),
+        (500, 9, "A"),
+        (3, 2, "G"),
+        (995, 5, "C"),
+        (0, 1, "GA"),
+        (999, 1, "AC"),
+    ],
+)
+def test_both_alleles_are_read_in_one_length(start, ref, alt):
+    variant = Variant("one", start, SEQUENCE[start : start + ref], alt, "v:1")
+    reference, alternative, offset = windows_of(variant)
+    assert len(reference) == len(alternative) == 40
+    assert reference in SEQUENCE
+    assert reference[offset : offset + min(ref, 40 - offset)] == variant.ref[: 40 - offset]
+    changed = SEQUENCE[:start] + alt + SEQUENCE[start + ref :]
+    assert alternative in changed
+    assert alternative[offset : offset + len(alt)] == alt[: 40 - offset]
+
+
+def test_a_variant_scores_the_difference_of_its_alleles():
+    task = task_of(Classification, PooledHead, ["n", "p"], strands="equivariant")
+    scorer = VariantScorer(task, DNAPreprocessing(), MemoryGenome(GENOME, "g"), window=60)
+    variant = Variant("one", 400, SEQUENCE[400], "ACGTT", "v:1")
+    reference, alternative, _ = windows_of(variant, 60)
+    encode = BaseTokenizer().encode
+    expected = (task.model(encode(alternative)[None]) - task.model(encode(reference)[None]))[0]
+    (found,) = scorer.scores([variant])
+    assert list(found) == ["n", "p"]
+    np.testing.assert_allclose(list(found.values()), expected.detach(), rtol=1e-5)
+
+
+def test_log_likelihood_ratios_of_language_models():
+    genome = MemoryGenome(GENOME, "g")
+    variant = Variant("one", 400, SEQUENCE[400], "A" if SEQUENCE[400] != "A" else "C", "v:1")
+    longer = Variant("one", 400, SEQUENCE[400], SEQUENCE[400] + "GG", "v:2")
+    encode = BaseTokenizer().encode
+    causal = task_of(NextToken, LanguageModelHead, [], bidirectional=False)
+
+    def likelihood(text):
+        ids = encode(text)
+        scores = causal.model(ids[None])[0].float().log_softmax(-1)
+        return scores[:-1].gather(1, ids[1:, None]).sum().item()
+
+    reference, alternative, _ = windows_of(variant, 60)
+    one = likelihood(alternative) - likelihood(reference)
+    pair = (reverse_complement(s) for s in (alternative, reference))
+    other = likelihood(next(pair)) - likelihood(next(pair))
+    for both_strands, expected in ((False, one), (True, (one + other) / 2)):
+        scorer = VariantScorer(
+            causal, DNAPreprocessing(), genome, window=60, both_strands=both_strands
+        )
+        assert scorer.scores([variant])[0]["LLR"] == pytest.approx(expected, abs=1e-4)
+    masked = task_of(MaskedReconstruction, LanguageModelHead, [])
+    scorer = VariantScorer(masked, DNAPreprocessing(), genome, window=60)
+    assert scorer.scores([variant])[0]["LLR"] != 0
+    assert scorer.scores([longer])[0]["LLR"] is None
+
+
+def test_answers_per_base_give_gain_and_loss(both):
+    scorer = VariantScorer(both, DNAPreprocessing(), MemoryGenome(GENOME, "g"), window=60)
+    deleted = Variant("one", 400, SEQUENCE[400:404], SEQUENCE[400], "v:1")
+    reference, alternative, offset = windows_of(deleted, 60)
+    ours, theirs = one_pass(both, reference), one_pass(both, alternative)
+    before = theirs[: offset + 1] - ours[: offset + 1]
+    after = theirs[offset + 1 : -3] - ours[offset + 4 :]
+    change = np.concatenate([before, after])
+    (found,) = scorer.scores([deleted])
+    assert found["x_gain"] == pytest.approx(change[:, 1].max(), abs=1e-5)
+    assert found["x_loss"] == pytest.approx(change[:, 1].min(), abs=1e-5)
+    with pytest.raises(ValueError, match="answers for each base"):
+        VariantScorer(both, DNAPreprocessing(), scorer.genome, both_strands=True)
+
+
+@pytest.mark.parametrize("suffix", [".vcf", ".tsv", ".csv"])
+def test_a_vcf_comes_back_annotated(fasta, tmp_path, suffix):
+    task = task_of(Classification, PooledHead, ["n-", "p+"])
+    vcf = tmp_path / "v.vcf"
+    ref = SEQUENCE[9]
+    vcf.write_text(
+        "##fileformat=VCFv4.2\n#CHROM\tPOS\tID\tREF\tALT\tQUAL\tFILTER\tINFO\n"
+        f"one\t10\trs\t{ref}\tA{ref},<INS>\t.\t.\t.\n"
+    )
+    output = tmp_path / f"o{suffix}"
+    rows = run_answerer(task, [str(vcf)], output, genome=str(fasta), window=50)
+    if suffix == ".csv":
+        assert rows[0]["position"] == 10
+        assert isinstance(rows[0]["p_plus"], float)
+    elif suffix == ".vcf":
+        (line,) = VariantFile(output, MemoryGenome(GENOME, "g"))
+        assert line.fields[7].startswith("n_minus=")
+        assert line.fields[7].endswith(",.")
+        assert "ID=p_plus,Number=A" in output.read_text()
+    else:
+        header, first, _ = output.read_text().splitlines()
+        assert header.split("\t")[5:] == ["n_minus", "p_plus"]
+        assert first.split("\t")[:5] == ["one", "10", "rs", ref, f"A{ref}"]
+    vcf.write_text(vcf.read_text().replace(f"\t{ref}\t", "\tN\t"))
+    output.unlink(missing_ok=True)
+    with pytest.raises(ValueError, match="REF is N but"):
+        run_answerer(task, [str(vcf)], output, genome=str(fasta), window=50)
+    assert not list(tmp_path.glob(f"*o{suffix}*"))
+
+
+# Mutagenesis
+
+
+def test_a_mutagenesis_map_is_each_substitution_alone(both, tmp_path, fasta):
+    pooled = task_of(Classification, PooledHead, ["n", "p"])
+    ids = BaseTokenizer().encode(SEQUENCE[:12])
+    changes = mutagenesis_map(pooled, ids, output=1, start=2, end=9, at_once=5)
+    assert changes.shape == (7, 4)
+    reference = pooled.model(ids[None])[0, 1]
+    for at in range(2, 9):
+        for base in range(4):
+            mutant = ids.clone()
+            mutant[at] = base
+            expected = pooled.model(mutant[None])[0, 1] - reference
+            assert changes[at - 2, base] == pytest.approx(expected.item(), abs=1e-6)
+    along = mutagenesis_map(both, ids, output=1, position=4)
+    assert along.shape == (12, 4)
+    with pytest.raises(ValueError, match="say which one's answer"):
+        mutagenesis_map(both, ids, output=1)
+    output = tmp_path / "map.png"
+    run_answerer(pooled, [f"{fasta}#two"], output, first=10, last=60)
+    assert output.stat().st_size > 5000
+    with pytest.raises(ValueError, match="2 sequences; a picture shows one"):
+        run_answerer(pooled, [str(fasta)], output)
+
+
+# Reading frames
+
+GENE = "ATGAAACCCGTGTGA"
+
+
+def test_open_frames_end_at_the_first_stop():
+    text = "CC" + GENE + "CATGTAACC"
+    frames = open_frames(text)
+    assert ([2, 11], 17) in frames
+    assert ([18], 24) in frames
+    assert open_frames("ATGAAAAAA") == []
+
+
+@pytest.mark.parametrize("strand", ["+", "-"])
+def test_frames_that_a_model_speaks_for_are_found(strand):
+    text = "CCTAACC" + GENE + "TTACC"
+    gene = Feature(contig="c", start=7, end=7 + len(GENE), strand="+")
+    if strand == "-":
+        text = reverse_complement(text)
+        gene = Feature(
+            contig="c", start=len(text) - gene.end, end=len(text) - gene.start, strand="-"
+        )
+    labels = paint([gene], 0, len(text), ["codon"])
+    (found,) = decode_orfs(text, labels * 0.8 + 0.1, CODON_LABELS, "c", 100)
+    assert (found.contig, found.strand) == ("c", strand)
+    assert (found.start, found.end) == (100 + gene.start, 100 + gene.end)
+    later = labels.copy()
+    inside = slice(gene.start, gene.start + 9) if strand == "+" else slice(gene.end - 9, gene.end)
+    later[inside] = 0  # the model says that the gene begins at its second start codon
+    (found,) = decode_orfs(text, later * 0.8 + 0.1, CODON_LABELS)
+    assert len(found) == len(GENE) - 9
+    assert not decode_orfs(text, np.full((len(text), 6), 0.1), CODON_LABELS)
+    (longest,) = longest_orfs(text, 15, 0)
+    assert (longest.start, longest.end, longest.strand) == (gene.start, gene.end, strand)
+    assert not longest_orfs(text, 16, 0)
