@@ -27,6 +27,10 @@ Sample = dict[str, Any]
 class UnreadableInput(ValueError):  # noqa: N818
     """One input cannot be read. The message names it and says what was expected."""
 
+    def __init__(self, message: str) -> None:
+        # A loader's worker hands its whole traceback on as the message, which ends with ours.
+        super().__init__(message.rpartition("UnreadableInput: ")[2].strip())
+
 
 @dataclass(kw_only=True)
 class Preprocessing(ABC):

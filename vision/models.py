@@ -11,7 +11,7 @@ class token) · d_model d · classes k
 import copy
 import math
 from dataclasses import replace
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +39,7 @@ from torch import Tensor, nn
 from mamba2_apps.backbone import Backbone, BackboneConfig
 
 POOLS = ("avg", "avgmax", "max", "token", "")
+WIDTHS = {"tiny": 192, "small": 384, "base": 768}
 PLACES = {"first": 0, "middle": 1, "last": 2}  # in halves of the sequence
 
 
@@ -526,12 +527,44 @@ def _resampled(positions: Tensor, old: tuple[int, int], new: tuple[int, int]) ->
     return resample_abs_pos_embed(positions, list(new), list(old), num_prefix_tokens=0)
 
 
-class TimmModel(nn.Module):
-    """Any timm classifier as a recipe's model: ours, or one to compare with.
+class ImageClassifier(BiMamba2):
+    """A BiMamba2 as a recipe's model. Its weights are those of the timm model of that size.
 
     Args:
         num_outputs: classes.
-        name: the timm name, such as bimamba2_tiny_patch16_224.
+        size: tiny, small or base: width 192, 384 or 768.
+        options: those of BiMamba2.
+    """
+
+    def __init__(
+        self, num_outputs: int, *, size: Literal["tiny", "small", "base"] = "tiny", **options: Any
+    ) -> None:
+        super().__init__(num_classes=num_outputs, embed_dim=WIDTHS[size], **options)
+
+    def features(
+        self, inputs: Tensor, mask: Tensor | None = None, hide: Tensor | None = None
+    ) -> tuple[Tensor, None]:
+        """Tokens (b, l, d) after the final norm, the class token first; images have no mask."""
+        return self.forward_features(inputs), None
+
+    def embed(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
+        """What the classifier reads, (b, d)."""
+        return self.forward_head(self.forward_features(inputs), pre_logits=True)
+
+    def forward(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
+        return super().forward(inputs)
+
+    def fit_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Another RUN's weights, positions and patches resampled to this model's sizes."""
+        return checkpoint_filter_fn(tensors, self)
+
+
+class TimmModel(nn.Module):
+    """Any timm classifier as a recipe's model, to compare ours with.
+
+    Args:
+        num_outputs: classes.
+        name: the timm name, such as deit_tiny_patch16_224.
         pretrained: start from the weights that timm knows for this name.
         checkpoint: start from this file of weights; another image size is resampled, a classifier
             for another number of classes is left out.
@@ -556,11 +589,6 @@ class TimmModel(nn.Module):
             num_classes=num_outputs,
             **(options or {}),
         )
-
-    @property
-    def backbone(self) -> nn.Module:
-        """The Backbone of our own models. Raises AttributeError for the others."""
-        return self.model.backbone
 
     @property
     def portable(self) -> nn.Module:
@@ -610,6 +638,7 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> BiMamba2:
+    kwargs.setdefault("embed_dim", WIDTHS[variant.split("_")[1]])
     out_indices = kwargs.pop("out_indices", 3)
     return build_model_with_cfg(
         BiMamba2,
@@ -624,16 +653,22 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> BiMamba2:
 @register_model
 def bimamba2_tiny_patch16_224(pretrained: bool = False, **kwargs: Any) -> BiMamba2:
     """Width 192, 24 blocks, 6.4 million parameters."""
-    return _create("bimamba2_tiny_patch16_224", pretrained, **{"embed_dim": 192, **kwargs})
+    return _create(
+        "bimamba2_tiny_patch16_224", pretrained, **{"embed_dim": WIDTHS["tiny"], **kwargs}
+    )
 
 
 @register_model
 def bimamba2_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> BiMamba2:
     """Width 384, 24 blocks, 23.5 million parameters."""
-    return _create("bimamba2_small_patch16_224", pretrained, **{"embed_dim": 384, **kwargs})
+    return _create(
+        "bimamba2_small_patch16_224", pretrained, **{"embed_dim": WIDTHS["small"], **kwargs}
+    )
 
 
 @register_model
 def bimamba2_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> BiMamba2:
     """Width 768, 24 blocks, 89.9 million parameters."""
-    return _create("bimamba2_base_patch16_224", pretrained, **{"embed_dim": 768, **kwargs})
+    return _create(
+        "bimamba2_base_patch16_224", pretrained, **{"embed_dim": WIDTHS["base"], **kwargs}
+    )

@@ -1,0 +1,265 @@
+"""Folders and archives of photos: parts, messages, corrupt files, mixing, the recipes for them."""
+
+import json
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import mamba2_apps
+from mamba2_apps import catalog, runs
+from mamba2_apps.data import UnreadableInput
+from mamba2_apps.vision.augmentation import erase, shift_and_flip
+from mamba2_apps.vision.data import ImageFolder, PhotoAugmentation, TimmImages
+from mamba2_apps.vision.fashion_mnist import LABELS, FashionMNIST
+
+CLASSES = ("dark", "grey", "light")
+PLAIN = PhotoAugmentation(scale=(1.0, 1.0), hflip=0, color_jitter=0, auto_augment=None, erase=0)
+
+
+def photos(folder, classes=CLASSES, count=10, side=24):
+    draw = np.random.default_rng(0)
+    for level, name in enumerate(classes):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            pixels = 40 + 80 * level + draw.integers(-20, 20, (side, side, 3))
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f"{i}.png")
+    return folder
+
+
+def small(folder, **options):
+    data = ImageFolder(folder=str(folder), img_size=16, batch_size=6, **options)
+    data.setup("fit")
+    return data
+
+
+def test_held_out_parts_are_fixed_disjoint_and_have_every_class(tmp_path):
+    data, again = small(photos(tmp_path)), small(tmp_path)
+    parts = [data.train_set, data.val_set, data.test_set]
+    assert [len(part) for part in parts] == [21, 3, 6]
+    sources = [path for part in parts for path in part.sources]
+    assert len(set(sources)) == 30
+    assert again.train_set.sources == data.train_set.sources
+    for part in parts:
+        assert set(part.targets) == {0, 1, 2}
+    assert data.labels == list(CLASSES)
+    assert data.val_set[0]["inputs"].shape == (3, 16, 16)
+
+
+def test_given_parts_are_taken_and_validation_is_the_test_without_one(tmp_path):
+    for part, count in (("train", 5), ("val", 2)):
+        photos(tmp_path / part, count=count)
+    data = small(tmp_path)
+    assert (len(data.train_set), len(data.val_set), len(data.test_set)) == (15, 6, 6)
+    photos(tmp_path / "test", count=3)
+    assert len(small(tmp_path).test_set) == 9
+
+
+def test_mistakes_in_a_folder_are_named(tmp_path):
+    with pytest.raises(ValueError, match="none does not exist; expected a folder with one folder"):
+        small(tmp_path / "none")
+    with pytest.raises(ValueError, match=r"the classes \['only'\]; expected two or more folders"):
+        small(photos(tmp_path / "one", classes=["only"]))
+    photos(tmp_path / "few", classes=CLASSES[:2])
+    photos(tmp_path / "few", classes=["light"], count=2)
+    with pytest.raises(ValueError, match="light holds 2 images; training, validation and test"):
+        small(tmp_path / "few")
+    photos(tmp_path / "given" / "train", count=2)
+    photos(tmp_path / "given" / "val", classes=[*CLASSES, "neon"], count=2)
+    with pytest.raises(ValueError, match=r"neon: a class that .*train does not have; .* never see"):
+        small(tmp_path / "given")
+    (tmp_path / "one" / "hollow").mkdir()
+    with pytest.raises(ValueError, match="hollow holds no image files"):
+        small(tmp_path / "one")
+    with pytest.raises(ValueError, match="batch_size is 3, expected an even number with mixup"):
+        ImageFolder(folder="x", batch_size=3, mixup=0.2)
+
+
+def broken_photos(folder):
+    photos(folder)
+    whole = (folder / "dark" / "0.png").read_bytes()
+    (folder / "dark" / "1.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "grey" / "2.png").write_bytes(b"")
+    Image.new("RGB", (5, 3)).save(folder / "light" / "3.png")
+    return folder
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_corrupt_photo_ends_training_with_its_name(tmp_path, workers):
+    data = small(broken_photos(tmp_path), num_workers=workers)
+    loaders = (data.train_dataloader(), data.val_dataloader(), data.test_dataloader())
+    with pytest.raises(UnreadableInput) as error:
+        [list(loader) for loader in loaders]
+    message = str(error.value)
+    assert str(tmp_path) in message
+    assert "\n" not in message
+    assert message.endswith(("replace or remove it", "or lower data.min_side"))
+
+
+def test_corrupt_photos_are_left_out_where_asked_and_named(tmp_path, capsys):
+    data = small(broken_photos(tmp_path), unreadable="skip")
+    said = capsys.readouterr().err
+    for name in ("dark/1.png", "grey/2.png", "light/3.png"):
+        assert f"left out: {tmp_path / name}: " in said
+    assert "5 x 3 pixels, expected sides of at least 16" in said
+    assert sum(map(len, (data.train_set, data.val_set, data.test_set))) == 27
+    assert sum(len(batch["targets"]) for batch in data.val_dataloader()) == len(data.val_set)
+
+
+def test_a_photo_reads_as_timm_reads_it(tmp_path):
+    data = small(photos(tmp_path, side=40), augmentation=PLAIN)
+    path = data.val_set.sources[0]
+    from timm.data import create_transform
+
+    expected = create_transform(16, interpolation="bicubic", crop_pct=0.9)(Image.open(path))
+    torch.testing.assert_close(data.preprocessing(path), expected)
+    torch.testing.assert_close(data.val_set[0]["inputs"], expected)
+    pixels = data.preprocessing.pixels(expected)
+    assert pixels.shape == (16, 16, 3)
+    assert 0 < pixels.min() < pixels.max() < 1
+
+
+def test_archives_are_read_by_timm(tmp_path):
+    photos(tmp_path / "train")
+    with tarfile.open(tmp_path / "train.tar", "w") as archive:
+        archive.add(tmp_path / "train", arcname=".")
+    from_tar = TimmImages(reader="", root=str(tmp_path), train_split="train.tar", img_size=16)
+    from_tar.setup("fit")
+    assert from_tar.labels == list(CLASSES)
+    assert (len(from_tar.train_set), len(from_tar.val_set)) == (27, 3)
+    folder = TimmImages(reader="", root=str(tmp_path), img_size=16)
+    folder.setup("fit")
+    assert list(folder.class_of_samples()) == list(from_tar.class_of_samples())
+    for one, other in zip(from_tar.val_set, folder.val_set, strict=True):
+        assert torch.equal(one["inputs"], other["inputs"])
+    with pytest.raises(ValueError, match=r"absent.train does not exist"):
+        TimmImages(reader="", root=str(tmp_path / "absent")).setup("fit")
+
+
+def test_balanced_sampling_draws_rare_classes_as_often(tmp_path):
+    photos(tmp_path, classes=["dark"], count=40)
+    data = small(photos(tmp_path, classes=["light"], count=10), balanced=True)
+    drawn = [data.train_set.targets[i] for e in range(5) for _, i in _epoch(data, e)]
+    assert 0.35 < np.mean(drawn) < 0.65
+
+
+def _epoch(data, epoch):
+    sampler = data.epoch_sampler()
+    sampler.set_epoch(epoch)
+    return list(sampler)
+
+
+def test_mixed_targets_are_probabilities_of_what_was_mixed(tmp_path):
+    data = small(photos(tmp_path), mixup=0.4, cutmix=1.0)
+    images, targets = torch.randn(6, 3, 16, 16), torch.tensor([0, 1, 2, 0, 1, 2])
+    mixed = data.mix({"inputs": images, "targets": targets})
+    torch.testing.assert_close(mixed["targets"].sum(1), torch.ones(6))
+    for row, (first, last) in zip(
+        mixed["targets"], zip(targets, targets.flip(0), strict=True), strict=True
+    ):
+        assert row[first] + row[last] >= 1 - 1e-6
+    plain = small(tmp_path).mix({"inputs": images, "targets": targets})
+    assert torch.equal(plain["inputs"], images)
+
+
+def test_shifts_move_whole_images_and_keep_their_ground():
+    torch.manual_seed(0)
+    images = torch.zeros(64, 2, 8, 9)
+    images[:, :, 3, 4] = torch.tensor([1.0, 2.0])
+    moved = shift_and_flip(images, 2, flip=True, ground=0.0)
+    assert torch.equal(moved.sum((2, 3)), images.sum((2, 3)))
+    rows, columns = moved[:, 0].flatten(1).argmax(1) // 9, moved[:, 0].flatten(1).argmax(1) % 9
+    assert set(rows.tolist()) == {1, 2, 3, 4, 5}
+    assert set(columns.tolist()) == {2, 3, 4, 5, 6}
+    assert torch.equal(shift_and_flip(images, 0, flip=False, ground=0.0), images)
+    assert (shift_and_flip(images, 2, flip=False, ground=-1.0) == -1).any()
+
+
+def test_erasing_covers_the_share_that_it_says():
+    torch.manual_seed(0)
+    images = torch.full((400, 1, 28, 28), 9.0)
+    erased = erase(images, 0.5) != images
+    shares = erased.float().mean((1, 2, 3))
+    assert 0.4 < (shares > 0).float().mean() < 0.6
+    assert shares.max() < 0.36
+    assert 0.12 < shares[shares > 0].mean() < 0.23
+    one = erased[int(shares.argmax()), 0]  # a rectangle: every row that has any has the same
+    touched = one[one.any(1)]
+    assert torch.equal(touched, touched[:1].expand_as(touched))
+    assert torch.equal(erase(images, 0.0), images)
+
+
+@pytest.fixture(scope="module")
+def clothes(tmp_path_factory):
+    """Fashion-MNIST's four files with a few made images."""
+    folder = tmp_path_factory.mktemp("clothes")
+    draw = np.random.default_rng(0)
+    for part, count in (("train", 200), ("t10k", 40)):
+        targets = (np.arange(count) % 10).astype(np.uint8)
+        pixels = (targets[:, None, None] * 20 + draw.integers(0, 20, (count, 28, 28))).astype("u1")
+        (folder / f"{part}-images-idx3-ubyte").write_bytes(bytes(16) + pixels.tobytes())
+        (folder / f"{part}-labels-idx1-ubyte").write_bytes(bytes(8) + targets.tobytes())
+    return folder
+
+
+def test_fashion_mnist_reads_its_files_and_batches_repeat(clothes, tmp_path):
+    data = FashionMNIST(folder=str(clothes), batch_size=32, val_images=50)
+    data.setup("fit")
+    assert data.labels == LABELS
+    assert (len(data.train_set), len(data.val_set), len(data.test_set)) == (150, 50, 40)
+    raw = (clothes / "t10k-images-idx3-ubyte").read_bytes()[16 : 16 + 784]
+    expected = data.preprocessing(np.frombuffer(raw, np.uint8).reshape(28, 28))
+    torch.testing.assert_close(data.test_set[0]["inputs"], expected)
+    first, again = (list(data.train_dataloader()) for _ in range(2))
+    assert len(first) == 4
+    assert first[0]["inputs"].shape == (32, 1, 28, 28)
+    assert all(torch.equal(a["inputs"], b["inputs"]) for a, b in zip(first, again, strict=True))
+    with pytest.raises(ValueError, match=r"has no train-images-idx3-ubyte.gz; give --data.folder"):
+        FashionMNIST(folder=str(tmp_path)).setup("fit")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = photos(tmp_path_factory.mktemp("photos"))
+    run = tmp_path_factory.mktemp("runs") / "first"
+    return folder, run, train("imagefolder", folder, run, 16)
+
+
+def train(recipe, folder, run, size, *words):
+    options = {"img_size": size, "patch_size": 4, "depth": 2, "d_state": 8, "headdim": 16}
+    words = [*words, f"--data.folder={folder}", f"--data.img_size={size}", "--data.batch_size=6"]
+    words += [f"--model.{name}={value}" for name, value in options.items()]
+    words += ["--data.num_workers=0", "--trainer.precision=fp32", "--trainer.max_epochs=2"]
+    words += ["--optimizer.warmup_epochs=0.5", "--trainer.ema_decay=null"]
+    return runs.train(catalog.find(f"vision/{recipe}"), run, words)
+
+
+def test_a_folder_of_photos_becomes_a_run_that_answers(trained):
+    folder, run, metrics = trained
+    for name in ("confusion.png", "curves.png", "mistakes.png", "saliency.png", "classes.csv"):
+        if name != "mistakes.png" or metrics["test"]["accuracy"] < 1:
+            assert (run / name).stat().st_size > 0
+    assert {"accuracy", "macro_f1", "calibration_error"} <= metrics["test"].keys()
+    answers = mamba2_apps.load(run, "cpu").predict([str(folder / "dark")])
+    assert len(answers) == 10
+    assert set(answers[0]["probabilities"]) == set(CLASSES)
+
+
+def test_a_linear_probe_keeps_the_features_and_another_size_resamples_positions(trained, tmp_path):
+    folder, run, _ = trained
+    probe = tmp_path / "probe"
+    train("linear-probe", folder, probe, 16, f"--adaptation.start={run}")
+    before, after = (mamba2_apps.load(path, "cpu").task.model for path in (run, probe))
+    for name, tensor in before.state_dict().items():
+        same = torch.equal(tensor, after.state_dict()[name])
+        assert same != name.startswith("head.")
+    larger = tmp_path / "larger"
+    words = [f"--adaptation.start={run}", "--optimizer.lr=1e-9"]
+    train("finetune-resolution", folder, larger, 32, *words)
+    model = mamba2_apps.load(larger, "cpu").task.model
+    before.set_input_size(32)
+    torch.testing.assert_close(model.pos_embed, before.pos_embed, atol=1e-5, rtol=0)
+    metrics = json.loads((larger / "metrics.json").read_text())
+    assert metrics["epochs"] == 2
