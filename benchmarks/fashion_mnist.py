@@ -15,10 +15,10 @@ import json
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from _record import RESULTS, write_record
@@ -50,16 +50,14 @@ def fits(part: str) -> dict[str, list[str]]:
     return DESIGNS
 
 
-def train(overrides: list[str]) -> dict[str, Any]:
-    """metrics.json of one training, with its wall time."""
+def train(overrides: list[str], run: Path) -> dict[str, Any]:
+    """metrics.json of one training into the directory `run`, with its wall time."""
     # -P: the repository's folders must not pass for packages of the same names.
     command = [sys.executable, "-P", "-m", "mamba2_apps.cli", "train", "vision/fashion-mnist"]
-    with tempfile.TemporaryDirectory() as folder:
-        run = Path(folder) / "run"
-        start = time.perf_counter()
-        subprocess.run([*command, "--run", str(run), *overrides], check=True)
-        wall = time.perf_counter() - start
-        return {"wall_seconds": round(wall, 1), **json.loads((run / "metrics.json").read_text())}
+    start = time.perf_counter()
+    subprocess.run([*command, "--run", str(run), *overrides], check=True)
+    wall = time.perf_counter() - start
+    return {"wall_seconds": round(wall, 1), **json.loads((run / "metrics.json").read_text())}
 
 
 def summary(part: str, name: str, overrides: list[str], result: dict[str, Any]) -> dict[str, Any]:
@@ -101,6 +99,7 @@ def main() -> None:
     parser.add_argument("part", choices=("final", "design"))
     parser.add_argument("--jobs", type=int, default=1, help="fits to train side by side")
     parser.add_argument("--only", nargs="*", help="names of fits, in place of all of the part")
+    parser.add_argument("--runs", type=Path, help="keep the RUN directories in this folder")
     parser.add_argument("--name", default="fashion_mnist", help="of the file in results/")
     arguments, further = parser.parse_known_args()  # keys of the recipe, for every fit
     path = RESULTS / f"{arguments.name}.json"
@@ -110,8 +109,12 @@ def main() -> None:
         for name, overrides in fits(arguments.part).items()
         if (arguments.part, name) not in done and (not arguments.only or name in arguments.only)
     }
-    with ThreadPoolExecutor(arguments.jobs) as pool:
-        futures = {pool.submit(train, overrides): name for name, overrides in todo.items()}
+    with TemporaryDirectory() as scratch, ThreadPoolExecutor(arguments.jobs) as pool:
+        folder = arguments.runs or Path(scratch)
+        futures = {
+            pool.submit(train, overrides, folder / f"{arguments.part} {name}"): name
+            for name, overrides in todo.items()
+        }
         for future in as_completed(futures):
             name = futures[future]
             row = summary(arguments.part, name, todo[name], future.result())
