@@ -1,0 +1,137 @@
+"""Coding regions of Chlamydia trachomatis: the last 20% of the genome, by base and strand.
+
+    python benchmarks/genomics_chlamydia.py [--seeds 3] [--minutes 8] [-- --trainer.max_epochs=30]
+
+Each fit is `mamba2-apps train genomics/bacterial-cds`, which sees the first 80%. R_K, the
+multi-class MCC over {none, +, -, both} per base, is given for the model's probabilities alone (a
+base is coding where one of its three codon places has probability 0.5) and for the open reading
+frames decoded from them. The baseline is a scan for the longest open reading frames, whose least
+length and overlap are tuned on the first 80%. The genes pgm, across the split, and CT875, across
+the origin, are left out. Needs data/chlamydia. Writes benchmarks/results/genomics_chlamydia.json.
+"""
+
+import itertools
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from _record import write_record
+from genomics_fits import arguments, do_fits
+from sklearn.metrics import matthews_corrcoef
+
+from mamba2_apps.genomics.annotated import paint
+from mamba2_apps.genomics.annotations import genbank_genome, joined, read_features
+from mamba2_apps.genomics.intervals import Feature
+from mamba2_apps.genomics.orfs import CODON_LABELS, decode_orfs, longest_orfs
+
+GENBANK = "data/chlamydia/ct.gbk.gz"
+SPLIT = 834_015
+LEFT_OUT = {"pgm", "CT875"}
+BAR, AIM = 0.960, 0.975
+LENGTHS, OVERLAPS = range(90, 420, 30), (0, 30, 60, 90, 120, 150, 180, 210)
+
+
+def strands(genes: list[Feature], length: int) -> np.ndarray:
+    """(l,) 0 none, 1 +, 2 -, 3 both."""
+    labels = paint(genes, 0, length, ["cds"])
+    return labels[:, 0] + 2 * labels[:, 1]
+
+
+def truth() -> tuple[str, str, np.ndarray, np.ndarray]:
+    """Contig, sequence, class of each base, and which bases count."""
+    genome = genbank_genome(GENBANK)
+    ((contig, length),) = genome.items()
+    genes = joined(read_features(GENBANK, genome))
+    counted = np.ones(length, bool)
+    for gene in genes:
+        if gene.name in LEFT_OUT:
+            counted[gene.start : gene.end] = False
+    return contig, genome.fetch(contig), strands(genes, length), counted
+
+
+def baseline() -> dict[str, Any]:
+    """The longest-ORF scan with the options that are best on the first 80%."""
+    _, sequence, classes, counted = truth()
+    train, test = counted[:SPLIT], counted[SPLIT:]
+    scores = {}
+    for least, overlap in itertools.product(LENGTHS, OVERLAPS):
+        found = strands(longest_orfs(sequence[:SPLIT], least, overlap), SPLIT)
+        scores[least, overlap] = matthews_corrcoef(classes[:SPLIT][train], found[train])
+    least, overlap = max(scores, key=scores.__getitem__)
+    rest = sequence[SPLIT:]
+    found = strands(longest_orfs(rest, least, overlap), len(rest))
+    return {
+        "least": least,
+        "overlap": overlap,
+        "train_mcc": scores[least, overlap],
+        "test_mcc": matthews_corrcoef(classes[SPLIT:][test], found[test]),
+    }
+
+
+def fit(key: str, overrides: list[str]) -> dict[str, Any]:
+    """Train with one seed and test."""
+    from mamba2_apps import catalog, load, runs
+    from mamba2_apps.genomics.scan import predict_bases
+
+    seed = int(key.split("=")[1])
+    contig, sequence, classes, counted = truth()
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "run"
+        metrics = runs.train(
+            catalog.find("genomics/bacterial-cds"), run, [*overrides, f"--seed={seed}"]
+        )
+        task = load(run).task
+    region = (contig, SPLIT, len(sequence))
+    answers, stitch = predict_bases(
+        task, {contig: sequence}, regions=[region], window=32768, overlap=8192
+    )
+    chances = answers[region]
+    columns = [task.labels.index(name) for name in CODON_LABELS]
+    forward, reverse = chances[:, columns[:3]].max(1), chances[:, columns[3:]].max(1)
+    raw = (forward >= 0.5) + 2 * (reverse >= 0.5)
+    rest = sequence[SPLIT:]
+    decoded = strands(decode_orfs(rest, chances, task.labels), len(rest))
+    test, right = counted[SPLIT:], classes[SPLIT:]
+    scores = {
+        "mcc_of_bases": float(matthews_corrcoef(right[test], raw[test])),
+        "mcc_of_frames": float(matthews_corrcoef(right[test], decoded[test])),
+    }
+    return {
+        "seed": seed,
+        **scores,
+        "stitch_error": {"mean": stitch.mean, "largest": stitch.largest},
+        "test": metrics["test"],
+        "best_epoch": metrics["best_epoch"]["epoch"],
+        "parameters": metrics["parameters"],
+        "seconds": metrics["seconds"],
+        "overrides": overrides,
+        "summary": f"{scores}, {metrics['seconds']:.0f} s",
+    }
+
+
+def main() -> None:
+    options = arguments("genomics_chlamydia", __doc__).parse_args()
+    keys = [f"seed={seed}" for seed in range(options.seeds)]
+    done = do_fits(
+        options.fits, keys, fit, options.overrides, jobs=options.jobs, minutes=options.minutes
+    )
+    if not all(key in done for key in keys):
+        return
+    rows = [done[key] for key in keys]
+    means = {
+        name: statistics.mean(row[name] for row in rows)
+        for name in ("mcc_of_bases", "mcc_of_frames")
+    }
+    scan = baseline()
+    print(f"{means} (bar {BAR}, aim {AIM}); longest-ORF scan {scan}")
+    write_record(
+        "genomics_chlamydia",
+        ("torch", "lightning", "scikit-learn", "numpy", "biopython"),
+        {"bar": BAR, "aim": AIM, **means, "longest_orf_scan": scan, "fits": rows},
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""What the accuracy benchmarks of genomics share: fits in a file, to go on where one stopped.
+
+Each fit is a line of JSON that is appended when it is done; a script that was stopped does the rest
+when it is called again. `--minutes` starts no further fit after that time, `--jobs` runs several at
+once, which share a GPU.
+"""
+
+import argparse
+import json
+import multiprocessing
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+from _record import RESULTS
+
+
+def arguments(name: str, text: str | None) -> argparse.ArgumentParser:
+    """Options that every one of these scripts has."""
+    parser = argparse.ArgumentParser(
+        description=text, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--fits", type=Path, default=RESULTS / f"{name}.jsonl")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=1, help="fits at once")
+    parser.add_argument("--minutes", type=float, default=1e9, help="start no fit after these")
+    parser.add_argument("overrides", nargs="*", help="keys of the recipe, after --")
+    return parser
+
+
+def read_fits(path: Path) -> dict[str, dict[str, Any]]:
+    """Fits that are done, by key."""
+    if not path.exists():
+        return {}
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return {row["key"]: row for row in rows}
+
+
+def do_fits(
+    path: Path,
+    keys: Iterable[str],
+    fit: Callable[..., dict[str, Any]],
+    *options: Any,
+    jobs: int,
+    minutes: float,
+) -> dict[str, dict[str, Any]]:
+    """Call fit(key, *options) for every key that is not done; return all that are done then."""
+    done = read_fits(path)
+    waiting = [key for key in keys if key not in done]
+    start = time.monotonic()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context) as pool, path.open("a") as file:
+        running: dict[Future[dict[str, Any]], str] = {}
+        while waiting or running:
+            in_time = time.monotonic() - start < 60 * minutes
+            while waiting and len(running) < jobs and in_time:
+                key = waiting.pop(0)
+                running[pool.submit(fit, key, *options)] = key
+            if not running:
+                print(f"{len(waiting)} fits are left; call again to go on")
+                break
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                key = running.pop(future)
+                done[key] = {"key": key, **future.result()}
+                file.write(json.dumps(done[key]) + "\n")
+                file.flush()
+                print(f"{key}: {done[key].get('summary', 'done')}", flush=True)
+    return done

@@ -1,0 +1,231 @@
+"""Donor sites in 100 held-out fly genes, among every GT inside them.
+
+    python benchmarks/genomics_fly.py [--seeds 3] [--minutes 8] [--pretrained RUN] [-- --seed=1 ...]
+
+Each fit is `mamba2-apps train genomics/genes` on the 486 training genes; with --pretrained it
+starts from a RUN of `genomics/pretrain`, which has not seen the held-out genes, and is reported
+beside the others. Sites are read in the gene's direction; GC and AT donors are no GT and left out.
+The 95% interval is a bootstrap over genes. Baselines, trained on the GT of the same training genes:
+logistic regression on one-hot bases, 60 on each side, and gradient boosting on position weights and
+hexamer counts. Needs data/fly. Writes benchmarks/results/genomics_fly.json.
+"""
+
+import statistics
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from _record import write_record
+from genomics_fits import arguments, do_fits
+from sklearn.ensemble import HistGradientBoostingClassifier
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import average_precision_score, roc_auc_score
+
+from mamba2_apps.genomics.annotations import read_features
+from mamba2_apps.genomics.data import one_hot
+from mamba2_apps.genomics.fasta import Genome
+from mamba2_apps.genomics.intervals import Feature
+from mamba2_apps.genomics.sequences import reverse_complement
+
+GENOME = "data/fly/chr2R.fa.gz"
+BAR, AIM, AUROC_BAR = 0.88, 0.93, 0.995
+FLANK, WEIGHTED, CONTEXT, BOOTSTRAPS = 60, 20, 4096, 1000
+
+
+class Sites(NamedTuple):
+    """Every GT inside some genes, in their direction."""
+
+    gene: np.ndarray  # (n,) index of its gene
+    place: np.ndarray  # (n,) forward-strand place of its G
+    donor: np.ndarray  # (n,) bool
+    windows: list[str]  # (n,) FLANK bases before the intron and FLANK of it
+
+
+def sites_of(genes: list[Feature], genome: Genome) -> Sites:
+    """Annotated donors that are GT, and all other GT from a gene's first to its last base."""
+    rows = []
+    for index, gene in enumerate(genes):
+        forward = gene.strand == "+"
+        low = max(gene.start - FLANK, 0)
+        text = genome.fetch(gene.contig, low, min(gene.end + FLANK, genome[gene.contig])).upper()
+        donors = {gap[0] if forward else gap[1] - 1 for gap in gene.gaps}
+        strand = text if forward else reverse_complement(text)
+        for at in range(FLANK, FLANK + len(gene) - 1):
+            if strand[at : at + 2] == "GT":
+                place = low + at if forward else low + len(text) - 1 - at
+                rows.append((index, place, place in donors, strand[at - FLANK : at + FLANK]))
+    columns = list(zip(*rows, strict=True))
+    return Sites(*(np.array(column) for column in columns[:3]), list(columns[3]))
+
+
+def scores_of(sites: Sites, values: np.ndarray) -> dict[str, Any]:
+    """AUPRC and AUROC, with 95% intervals over genes."""
+    rng = np.random.default_rng(0)
+    by_gene = [np.flatnonzero(sites.gene == gene) for gene in np.unique(sites.gene)]
+    draws = []
+    for _ in range(BOOTSTRAPS):
+        chosen = np.concatenate([by_gene[i] for i in rng.integers(0, len(by_gene), len(by_gene))])
+        draws.append(average_precision_score(sites.donor[chosen], values[chosen]))
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return {
+        "auprc": float(average_precision_score(sites.donor, values)),
+        "auprc_95": [float(low), float(high)],
+        "auroc": float(roc_auc_score(sites.donor, values)),
+    }
+
+
+def hexamer_odds(genes: list[Feature], genome: Genome) -> dict[str, float]:
+    """Log odds of each hexamer in coding regions against introns, of some genes."""
+    counts = {"exon": Counter[str](), "intron": Counter[str]()}
+    for gene in genes:
+        for kind, parts in (("exon", gene.blocks), ("intron", gene.gaps)):
+            for start, end in parts:
+                text = genome.fetch(gene.contig, start, end).upper()
+                text = text if gene.strand == "+" else reverse_complement(text)
+                counts[kind].update(text[i : i + 6] for i in range(len(text) - 5))
+    totals = {kind: sum(counter.values()) + 4096 for kind, counter in counts.items()}
+    words = counts["exon"].keys() | counts["intron"].keys()
+    return {
+        word: float(
+            np.log((counts["exon"][word] + 1) / totals["exon"])
+            - np.log((counts["intron"][word] + 1) / totals["intron"])
+        )
+        for word in words
+    }
+
+
+def features_of(sites: Sites, weights: np.ndarray, odds: dict[str, float]) -> np.ndarray:
+    """Position weights of WEIGHTED bases on each side and their sum; hexamers of both flanks."""
+    bases = one_hot(sites.windows).reshape(len(sites.windows), 2 * FLANK, 4)
+    near = slice(FLANK - WEIGHTED, FLANK + WEIGHTED)
+    by_place = (bases[:, near] * weights).sum(-1)
+    flanks = [
+        [
+            sum(odds.get(side[i : i + 6], 0.0) for i in range(phase, len(side) - 5, step))
+            for side in (window[:FLANK], window[FLANK:])
+            for phase, step in ((0, 1), (0, 3), (1, 3), (2, 3))
+        ]
+        for window in sites.windows
+    ]
+    return np.column_stack([by_place, by_place.sum(1), np.array(flanks)])
+
+
+def baselines(
+    train_genes: list[Feature], train: Sites, test: Sites, genome: Genome
+) -> dict[str, dict[str, Any]]:
+    linear = LogisticRegression(C=0.1, max_iter=2000)
+    linear.fit(one_hot(train.windows), train.donor)
+    near = slice(FLANK - WEIGHTED, FLANK + WEIGHTED)
+    bases = one_hot(train.windows).reshape(len(train.windows), 2 * FLANK, 4)[:, near]
+    share = [(bases[train.donor == kind].sum(0) + 1) for kind in (True, False)]
+    share = [s / s.sum(1, keepdims=True) for s in share]
+    weights = np.log(share[0]) - np.log(share[1])
+    odds = hexamer_odds(train_genes, genome)
+    boosted = HistGradientBoostingClassifier(
+        max_iter=400, learning_rate=0.05, l2_regularization=1.0, random_state=0
+    )
+    boosted.fit(features_of(train, weights, odds), train.donor)
+    return {
+        "one-hot logistic regression": scores_of(
+            test, linear.predict_proba(one_hot(test.windows))[:, 1]
+        ),
+        "gradient boosting, position weights and hexamers": scores_of(
+            test, boosted.predict_proba(features_of(test, weights, odds))[:, 1]
+        ),
+    }
+
+
+def genes_and_sites(part: str, genome: Genome) -> tuple[list[Feature], Sites]:
+    genes = read_features(f"data/fly/genes.{part}.bed12", genome)
+    return genes, sites_of(genes, genome)
+
+
+def fit(key: str, overrides: list[str], pretrained: str | None) -> dict[str, Any]:
+    """Train with one seed and score the held-out sites."""
+    from mamba2_apps import catalog, load, runs
+    from mamba2_apps.genomics.scan import predict_bases
+
+    seed = int(key.split("seed=")[1])
+    words = [*overrides, f"--seed={seed}"]
+    if pretrained is not None:
+        words.append(f"--adaptation.start={pretrained}")
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "run"
+        metrics = runs.train(catalog.find("genomics/genes"), run, words)
+        task = load(run).task
+    genome = Genome(GENOME)
+    genes, sites = genes_and_sites("test", genome)
+    values = np.empty(len(sites.gene))
+    for index, gene in enumerate(genes):
+        region = (gene.contig, gene.start, gene.end)
+        answers, _ = predict_bases(task, genome, regions=[region], window=32768, overlap=CONTEXT)
+        mine = sites.gene == index
+        column = task.labels.index(f"donor{gene.strand}")
+        values[mine] = answers[region][sites.place[mine] - gene.start, column]
+    scores = scores_of(sites, values)
+    return {
+        "seed": seed,
+        "pretrained": pretrained is not None,
+        **scores,
+        "test": metrics["test"],
+        "best_epoch": metrics["best_epoch"]["epoch"],
+        "parameters": metrics["parameters"],
+        "seconds": metrics["seconds"],
+        "overrides": overrides,
+        "summary": f"AUPRC {scores['auprc']:.4f}, AUROC {scores['auroc']:.4f}, "
+        f"{metrics['seconds']:.0f} s",
+    }
+
+
+def main() -> None:
+    parser = arguments("genomics_fly", __doc__)
+    parser.add_argument("--pretrained", help="RUN of genomics/pretrain to start from")
+    options = parser.parse_args()
+    kind = "scratch" if options.pretrained is None else "pretrained"
+    keys = [f"{kind} seed={seed}" for seed in range(options.seeds)]
+    done = do_fits(
+        options.fits,
+        keys,
+        fit,
+        options.overrides,
+        options.pretrained,
+        jobs=options.jobs,
+        minutes=options.minutes,
+    )
+    if not all(key in done for key in keys):
+        return
+    genome = Genome(GENOME)
+    train_genes, train = genes_and_sites("train", genome)
+    _, test = genes_and_sites("test", genome)
+    print(f"test: {test.donor.sum()} donors among {len(test.donor)} GT")
+    scores = baselines(train_genes, train, test, genome)
+    means = {}
+    for kind in ("scratch", "pretrained"):
+        rows = [row for key, row in done.items() if key.startswith(kind)]
+        if rows:
+            means[kind] = {
+                name: statistics.mean(row[name] for row in rows) for name in ("auprc", "auroc")
+            }
+    print(f"{means} (bar {BAR}, AUROC {AUROC_BAR}; aim {AIM})")
+    for name, found in scores.items():
+        print(f"{name}: {found}")
+    write_record(
+        "genomics_fly",
+        ("torch", "lightning", "scikit-learn", "numpy"),
+        {
+            "bar": BAR,
+            "auroc_bar": AUROC_BAR,
+            "aim": AIM,
+            "donors": int(test.donor.sum()),
+            "decoys": int((~test.donor).sum()),
+            "means": means,
+            "baselines": scores,
+            "fits": list(done.values()),
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()
