@@ -99,6 +99,9 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--backbone", metavar="START", help="a RUN or a saved backbone to start from"
     )
+    train.add_argument(
+        "--parallel", choices=("ddp", "fsdp2"), help="how --trainer.devices share the work"
+    )
     train.add_argument("--resume", type=Path, metavar="RUN", help="run to continue to its end")
     train.add_argument("-h", "--help", action="store_true", help="show this help, or a recipe's")
     train.set_defaults(parser=train)
@@ -189,9 +192,10 @@ def _train(arguments: argparse.Namespace) -> int:
             f"train takes a RECIPE or --resume RUN; `{PROG} recipes` lists the recipes"
         )
     if arguments.resume is not None:
-        if arguments.run is not None or arguments.backbone is not None or arguments.overrides:
-            raise ValueError("--resume continues a run as it is and takes no other argument")
-        return _trained(arguments.resume, lambda run: _runs().resume(run))
+        if arguments.run is not None or arguments.backbone is not None:
+            raise ValueError("--resume continues a run where it is; leave out --run and --backbone")
+        words = _train_overrides(arguments)
+        return _trained(arguments.resume, lambda run: _runs().resume(run, words))
 
     from mamba2_apps import catalog
 
@@ -201,11 +205,19 @@ def _train(arguments: argparse.Namespace) -> int:
 
         print(recipes.help_text(path))
         return 0
-    run = arguments.run or _new_run(arguments.recipe)
-    overrides = list(arguments.overrides)
+    run = arguments.run or _agreed_run(arguments.recipe)
+    words = _train_overrides(arguments)
+    return _trained(run, lambda run: _runs().train(path, run, words))
+
+
+def _train_overrides(arguments: argparse.Namespace) -> list[str]:
+    """The recipe's keys of the command line, those that have short names among them."""
+    words = list(arguments.overrides)
     if arguments.backbone is not None:
-        overrides.append(f"--adaptation.start={arguments.backbone}")
-    return _trained(run, lambda run: _runs().train(path, run, overrides))
+        words.append(f"--adaptation.start={arguments.backbone}")
+    if arguments.parallel is not None:
+        words.append(f"--trainer.parallel={arguments.parallel}")
+    return words
 
 
 def _trained(run: Path, job: Callable[[Path], dict[str, Any]]) -> int:
@@ -216,6 +228,9 @@ def _trained(run: Path, job: Callable[[Path], dict[str, Any]]) -> int:
             f"\n{PROG}: interrupted; continue with `{PROG} train --resume {run}`", file=sys.stderr
         )
         return 130
+
+    if not metrics:
+        return 0  # a process beside the one that reports
 
     from mamba2_apps import reports
 
@@ -451,6 +466,16 @@ def _runs() -> Any:
     from mamba2_apps import runs
 
     return runs
+
+
+def _agreed_run(recipe: str) -> Path:
+    """A new directory, the same for every process of a training on several devices."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        raise ValueError("under torchrun the processes need one directory: give --run DIR")
+    # Lightning starts the other processes with our environment and the same command.
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        os.environ["MAMBA2_APPS_RUN"] = str(_new_run(recipe))
+    return Path(os.environ["MAMBA2_APPS_RUN"])
 
 
 def _new_run(recipe: str) -> Path:

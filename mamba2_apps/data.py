@@ -86,7 +86,7 @@ class EpochSampler(Sampler[tuple[int, int]]):
     Args:
         size: samples in the data set.
         seed: seed of the run.
-        epoch: first epoch, and `skip` the samples of it that were already seen by this rank.
+        epoch: first epoch, and `skip` the samples of it that all ranks together have already seen.
         rank: which of `world_size` disjoint shares to yield.
         weights: (size,) how often each sample is drawn, with replacement; None: each one once.
     """
@@ -117,12 +117,37 @@ class EpochSampler(Sampler[tuple[int, int]]):
             order = generator.permutation(self.size)
         else:
             order = generator.choice(self.size, self.size, p=self.shares)
-        share = order[self.rank :: self.world_size][: len(self)]
-        for index in share[self.skip :]:
+        # Strided, so that the ranks together go through the order from its beginning, whatever
+        # their number: a run resumes at the exact sample with another number of them.
+        rest = order[self.skip :]
+        each = len(rest) // self.world_size
+        for index in rest[self.rank :: self.world_size][:each]:
             yield self.epoch, int(index)
 
     def __len__(self) -> int:
         return self.size // self.world_size
+
+
+class ShardedBatches(Sampler[list[int]]):
+    """Batches of indices in order, each sample on one rank, as many batches on every rank.
+
+    The number must be equal: a rank without a batch would leave the others waiting where a sharded
+    model gathers its weights. A batch may hold one sample more than batch_size.
+    """
+
+    def __init__(self, size: int, batch_size: int, *, rank: int, world_size: int) -> None:
+        if size < world_size:
+            raise ValueError(f"{size} samples for {world_size} processes; use fewer processes")
+        self.share = range(rank, size, world_size)
+        most = -(-size // world_size)
+        self.count = min(-(-most // batch_size), size // world_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in np.array_split(np.array(self.share), self.count):
+            yield batch.tolist()
+
+    def __len__(self) -> int:
+        return self.count
 
 
 class AugmentedDataset(Dataset[Sample]):
@@ -172,7 +197,7 @@ class DataModule(LightningDataModule, ABC):
         if batch_size < 1:
             raise ValueError(f"data.batch_size is {batch_size}, expected at least 1")
         self.batch_size, self.num_workers, self.balanced = batch_size, num_workers, balanced
-        self._epoch, self._batches_done = 0, 0
+        self._epoch, self._samples_done = 0, 0
 
     @property
     @abstractmethod
@@ -212,14 +237,12 @@ class DataModule(LightningDataModule, ABC):
 
     def epoch_sampler(self) -> EpochSampler:
         """This rank's order of the training samples, from the place where a resumed run is."""
-        rank, world_size = (
-            (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        )
+        rank, world_size = self._place_among_ranks()
         return EpochSampler(
             len(self.train_set),  # type: ignore[arg-type]
             seed=self.seed,
             epoch=self._epoch,
-            skip=self._batches_done * self.batch_size,
+            skip=self._samples_done,
             rank=rank,
             world_size=world_size,
             weights=self._balancing_weights() if self.balanced else None,
@@ -229,22 +252,41 @@ class DataModule(LightningDataModule, ABC):
         sampler = self.epoch_sampler()
         dataset = AugmentedDataset(self.train_set, self.augment, self.seed)
         # A last, smaller batch would weigh its samples more; it is kept only where it is the first.
-        return self._loader(dataset, sampler=sampler, drop_last=len(sampler) >= self.batch_size)
+        return self._loader(
+            dataset,
+            sampler=sampler,
+            batch_size=self.batch_size,
+            drop_last=len(sampler) >= self.batch_size,
+        )
 
     def _balancing_weights(self) -> np.ndarray:
         classes = self.class_of_samples()
         return 1 / np.bincount(classes)[classes]
 
     def val_dataloader(self) -> DataLoader[Sample]:
-        return self._loader(self.val_set)
+        return self._evaluation_loader(self.val_set)
 
     def test_dataloader(self) -> DataLoader[Sample]:
-        return self._loader(self.test_set)
+        return self._evaluation_loader(self.test_set)
+
+    def batches_done(self) -> int:
+        """Batches of the epoch to resume that this rank need not see again."""
+        return self._samples_done // (self.batch_size * self._place_among_ranks()[1])
+
+    def _place_among_ranks(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+    def _evaluation_loader(self, dataset: Dataset[Sample]) -> DataLoader[Sample]:
+        rank, world_size = self._place_among_ranks()
+        if world_size == 1:
+            return self._loader(dataset, batch_size=self.batch_size)
+        size: int = len(dataset)  # type: ignore[arg-type]
+        batches = ShardedBatches(size, self.batch_size, rank=rank, world_size=world_size)
+        return self._loader(dataset, batch_sampler=batches)
 
     def _loader(self, dataset: Dataset[Sample], **options: Any) -> DataLoader[Sample]:
         return DataLoader(
             dataset,
-            batch_size=self.batch_size,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             collate_fn=self.preprocessing.collate,
@@ -259,10 +301,11 @@ class DataModule(LightningDataModule, ABC):
         loop = self.trainer.fit_loop  # type: ignore[union-attr]
         done = loop.epoch_loop.batch_progress.current.ready % self.trainer.num_training_batches  # type: ignore[union-attr]
         epoch = loop.epoch_progress.current.processed  # type: ignore[union-attr]
-        return {"epoch": epoch, "batches_done": int(done)}
+        samples = int(done) * self.batch_size * self._place_among_ranks()[1]
+        return {"epoch": epoch, "samples_done": samples}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._epoch, self._batches_done = state_dict["epoch"], state_dict["batches_done"]
+        self._epoch, self._samples_done = state_dict["epoch"], state_dict["samples_done"]
 
 
 def seed_generators(*key: int) -> int:

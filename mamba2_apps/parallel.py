@@ -1,4 +1,6 @@
-"""Context parallelism: one sequence split over the ranks of a process group, slice i on rank i.
+"""Several devices: one sequence split over them, or each weight.
+
+Context parallelism splits one sequence over the ranks of a process group, slice i on rank i.
 
 A state space layer needs little from the other slices: the state that enters, and the few tokens
 that the convolution looks back at. Every rank scans its slice from a zero state; the ranks exchange
@@ -25,7 +27,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from lightning import LightningModule
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from mamba2_apps import kernels
 from mamba2_apps.attention import Attention
@@ -196,6 +200,21 @@ def split_sequence(module: nn.Module, group: dist.ProcessGroup | None = None) ->
         if hasattr(part, "context_parallel"):
             part.context_parallel = context  # type: ignore[assignment]
     return context
+
+
+def shard_parameters(module: LightningModule) -> None:
+    """Give each device a part of every weight (FSDP2), block by block.
+
+    A LightningModule's `configure_model` under ModelParallelStrategy.
+    """
+    mesh = module.device_mesh["data_parallel"]  # type: ignore[index]
+    model: Any = module.model
+    for block in model.backbone.layers:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    for name in ("features", "embed"):
+        if hasattr(model, name):
+            register_fsdp_forward_method(model, name)
 
 
 def log_decays(

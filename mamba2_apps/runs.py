@@ -12,9 +12,11 @@ checkpoints/        last.ckpt and best.ckpt, for `train --resume`
 """
 
 import json
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -23,12 +25,14 @@ import safetensors.torch
 import torch
 from lightning import Trainer, seed_everything
 from lightning.pytorch.trainer.states import TrainerStatus
+from lightning.pytorch.utilities import rank_zero_only
 from safetensors import SafetensorError
 
 from mamba2_apps import hub, recipes, reports
 from mamba2_apps.adaptation import adapt, merge_lora
-from mamba2_apps.data import Preprocessing
+from mamba2_apps.data import DataModule, Preprocessing
 from mamba2_apps.files import replacing, write_json, write_text
+from mamba2_apps.parallel import shard_parameters
 from mamba2_apps.recipes import Recipe
 from mamba2_apps.tasks import Task
 from mamba2_apps.training import (
@@ -42,6 +46,16 @@ from mamba2_apps.training import (
 
 CONFIG, WEIGHTS, METRICS = "config.yaml", "model.safetensors", "metrics.json"
 LABELS, PREPROCESSING = "labels.json", "preprocessing.json"
+RESUMABLE = (
+    "trainer.devices",
+    "trainer.num_nodes",
+    "trainer.parallel",
+    "trainer.accelerator",
+    "trainer.accumulate_batches",
+    "data.batch_size",
+    "data.num_workers",
+)
+"""Keys that say on what a run is trained: a resumed run may have others."""
 
 
 def train(recipe_path: Path, run: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -51,6 +65,8 @@ def train(recipe_path: Path, run: Path, overrides: Sequence[str] = ()) -> dict[s
     when interrupted.
     """
     recipe, config = recipes.read(recipe_path, overrides)
+    if _rank():
+        return _train(recipe, run)
     if run.exists() and (not run.is_dir() or any(run.iterdir())):
         raise ValueError(f"{run} exists; give another --run, or continue it with --resume {run}")
     run.mkdir(parents=True, exist_ok=True)
@@ -58,9 +74,22 @@ def train(recipe_path: Path, run: Path, overrides: Sequence[str] = ()) -> dict[s
     return _train(recipe, run)
 
 
-def resume(run: Path) -> dict[str, Any]:
-    """Continue a killed or interrupted run from its last checkpoint, to the same result."""
-    return _train(read_recipe(run), run)
+def resume(run: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Continue a killed or interrupted run from its last checkpoint, to the same result.
+
+    overrides may say on what it continues, such as "--trainer.devices=2"; the RUN's config.yaml is
+    changed accordingly. Raises ValueError for any other key.
+    """
+    for word in overrides:
+        if word.removeprefix("--").partition("=")[0] not in RESUMABLE or "=" not in word:
+            raise ValueError(
+                f"{word} cannot be changed in a run that is resumed; what can is "
+                f"{', '.join(f'--{key}=' for key in RESUMABLE)}"
+            )
+    recipe, config = recipes.read(_existing(run, CONFIG), overrides)
+    if overrides and not _rank():
+        write_text(run / CONFIG, config)
+    return _train(recipe, run)
 
 
 def evaluate(run: Path) -> dict[str, float]:
@@ -118,18 +147,44 @@ def _train(recipe: Recipe, run: Path) -> dict[str, Any]:
     data.prepare_model(model)
     adapt(model, recipe.adaptation, start=not (run / LAST).exists())
     task = recipe.task(model, data.labels, recipe.optimizer)
+    if not _rank():
+        _write_what_prediction_needs(data, run)
+        print(_plan(recipe), file=sys.stderr)
+    recorder = _fit(recipe, task, run)
+    if torch.distributed.is_initialized():
+        # What follows is one process's work; metrics would wait for the others.
+        torch.distributed.destroy_process_group()
+    if _rank():
+        return {}
+    return _finish(recipe, run, recorder, time.monotonic() - started)
+
+
+def _write_what_prediction_needs(data: DataModule, run: Path) -> None:
     write_json(run / LABELS, data.labels)
     preprocessing = data.preprocessing
     class_path = f"{type(preprocessing).__module__}.{type(preprocessing).__qualname__}"
     write_json(run / PREPROCESSING, {"class_path": class_path, "init_args": asdict(preprocessing)})
-    recorder = _fit(recipe, task, run)
-    return _finish(recipe, task, run, recorder, time.monotonic() - started)
+
+
+def _plan(recipe: Recipe) -> str:
+    """One line: the samples of an optimizer step, and the rate."""
+    config, batch = recipe.trainer, recipe.data.batch_size
+    processes = config.devices * config.num_nodes
+    samples = batch * processes * config.accumulate_batches
+    factors = ""
+    if samples != batch:
+        factors = f" ({batch} × {processes} devices × {config.accumulate_batches} accumulated)"
+    return f"{samples} samples a step{factors}, learning rate {recipe.optimizer.lr:g}"
 
 
 def _fit(recipe: Recipe, task: Task, run: Path) -> Recorder:
     last = run / LAST
     step = _read_checkpoint(last)["global_step"] if last.exists() else 0
-    with ctrl_c_noted() as interrupt:
+    if recipe.trainer.parallel == "fsdp2":
+        task.configure_model = partial(shard_parameters, task)  # type: ignore[method-assign]
+    if recipe.trainer.compile:
+        task.model.compile()
+    with ctrl_c_noted(alone=recipe.trainer.parallel is None) as interrupt:
         trainer = build_trainer(
             recipe.trainer,
             run=run,
@@ -148,12 +203,12 @@ def _fit(recipe: Recipe, task: Task, run: Path) -> Recorder:
     return next(c for c in trainer.callbacks if isinstance(c, Recorder))  # type: ignore[attr-defined]
 
 
-def _finish(
-    recipe: Recipe, task: Task, run: Path, recorder: Recorder, seconds: float
-) -> dict[str, Any]:
+def _finish(recipe: Recipe, run: Path, recorder: Recorder, seconds: float) -> dict[str, Any]:
     """Write the weights of the best epoch, test them, and report."""
+    model = recipe.model(len(recipe.data.labels))
+    adapt(model, recipe.adaptation, start=False)
+    task = recipe.task(model, recipe.data.labels, recipe.optimizer)
     task.load_state_dict(_read_checkpoint(run / BEST)["state_dict"])
-    task.cpu()
     merge_lora(task.model)
     with replacing(run / WEIGHTS) as partial:
         safetensors.torch.save_model(task.model, str(partial))
@@ -187,6 +242,11 @@ def _test(recipe: Recipe, task: Task) -> dict[str, float]:
     )
     (metrics,) = trainer.test(task, datamodule=recipe.data, verbose=False)
     return {name.removeprefix("test/"): value for name, value in metrics.items()}
+
+
+def _rank() -> int:
+    """Of this process, before a process group exists too."""
+    return getattr(rank_zero_only, "rank", None) or 0
 
 
 def _existing(run: Path, name: str) -> Path:

@@ -30,6 +30,7 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from mamba2_apps.adaptation import AdaptationConfig, Unfreeze
@@ -49,7 +50,11 @@ class TrainerConfig:
         max_epochs: passes over the training data.
         precision: fp32, or bf16 for bfloat16 autocast over float32 weights.
         accelerator: cpu, gpu, or auto for a GPU where there is one.
-        devices: number of devices.
+        devices: number of devices of this machine, or of each machine under torchrun.
+        num_nodes: number of machines.
+        parallel: how several devices share the work: ddp, each with the whole model; fsdp2, each
+            with a part of every weight; null for one device.
+        compile: compile the model by torch.compile.
         gradient_clip: largest gradient norm; null does not clip.
         accumulate_batches: batches per optimizer step.
         ema_decay: decay of an exponential moving average of the weights, which is then what is
@@ -66,6 +71,9 @@ class TrainerConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     devices: int = 1
+    num_nodes: int = 1
+    parallel: Literal["ddp", "fsdp2"] | None = None
+    compile: bool = False
     gradient_clip: float | None = 1.0
     accumulate_batches: int = 1
     ema_decay: float | None = None
@@ -76,9 +84,21 @@ class TrainerConfig:
     deterministic: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("max_epochs", "devices", "accumulate_batches", "checkpoint_every_n_steps"):
+        counts = ("max_epochs", "devices", "num_nodes", "accumulate_batches")
+        for name in (*counts, "checkpoint_every_n_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"trainer.{name} is {getattr(self, name)}, expected at least 1")
+        processes = self.devices * self.num_nodes
+        if processes > 1 and self.parallel is None:
+            raise ValueError(
+                f"trainer.devices × trainer.num_nodes is {processes}; set trainer.parallel to ddp "
+                "or fsdp2"
+            )
+        if self.parallel == "fsdp2" and self.ema_decay is not None:
+            raise ValueError(
+                f"trainer.ema_decay is {self.ema_decay}; a running average of sharded weights is "
+                "not supported: set it to null, or trainer.parallel to ddp"
+            )
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"trainer.ema_decay is {self.ema_decay}, expected 0 to 1, or null")
 
@@ -119,6 +139,8 @@ def build_trainer(
     return Trainer(
         accelerator=config.accelerator,
         devices=config.devices,
+        num_nodes=config.num_nodes,
+        strategy=_strategy(config),
         precision=PRECISIONS[config.precision],  # type: ignore[arg-type]
         max_epochs=config.max_epochs,
         gradient_clip_val=config.gradient_clip,
@@ -135,14 +157,31 @@ def build_trainer(
     )
 
 
+def _strategy(config: TrainerConfig) -> Strategy | str:
+    if config.parallel == "ddp":
+        return DDPStrategy(gradient_as_bucket_view=True)
+    if config.parallel == "fsdp2":
+        return ModelParallelStrategy(
+            data_parallel_size=config.devices * config.num_nodes,
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=False,  # one file, which any number of devices resumes
+        )
+    return "auto"
+
+
 @contextmanager
-def ctrl_c_noted() -> Iterator[threading.Event]:
+def ctrl_c_noted(*, alone: bool) -> Iterator[threading.Event]:
     """Turn the first Ctrl-C into an event that training looks at between batches.
 
     An exception raised anywhere may be swallowed where Python ignores exceptions, in a destructor
-    say, and would lose the steps since the last checkpoint. A second Ctrl-C ends at once.
+    say, and would lose the steps since the last checkpoint. A second Ctrl-C ends at once. Several
+    processes (not `alone`) would not look at the same batch, and wait for one another: there Ctrl-C
+    ends at once, and the last checkpoint counts.
     """
     noted = threading.Event()
+    if not alone:
+        yield noted
+        return
 
     def note(number: int, frame: object) -> None:
         if noted.is_set():
@@ -168,6 +207,7 @@ def quiet_lightning() -> None:
         ".*your dataloader is not resumable.*",
         ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
         ".*The ``compute`` method of metric .* was called before the ``update``.*",
+        ".*It is recommended to use .*sync_dist=True.* when logging on epoch level.*",
     ):
         warnings.filterwarnings("ignore", message)
 
@@ -216,6 +256,12 @@ class Recorder(Checkpoint):
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         trainer.should_stop = self.stopped
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if done := data.batches_done():
+            # Lightning restored the count of batches, which other devices count differently.
+            place: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+            place.ready = place.started = place.processed = done
+            place.completed = done - 1  # as at the end of a batch, where checkpoints are saved
 
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -62,6 +62,19 @@ class OptimizerConfig:
             )
 
 
+class Schedule(CosineLRScheduler):
+    """timm's schedule as a function of the step alone: what a checkpoint says of it is not used.
+
+    A run that is resumed with another number of devices has another number of steps.
+    """
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        pass
+
+
 class SequenceModel(nn.Module):
     """adapter ∘ backbone ∘ head.
 
@@ -277,7 +290,7 @@ class Task(LightningModule, ABC):
             )
         total = int(self.trainer.estimated_stepping_batches)
         warmup = round(total * config.warmup_epochs / epochs)
-        scheduler = CosineLRScheduler(
+        scheduler = Schedule(
             optimizer,
             t_initial=total - warmup,
             lr_min=config.lr * config.min_lr_ratio,
@@ -289,4 +302,8 @@ class Task(LightningModule, ABC):
         return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
-        scheduler.step_update(self.trainer.global_step)
+        # Counted from the place in the data: a run may have been resumed with other batches.
+        every = self.trainer.accumulate_grad_batches
+        batches, done = self.trainer.num_training_batches, self.trainer.fit_loop.batch_idx + 1
+        steps_per_epoch = -(-int(batches) // every)
+        scheduler.step_update(self.trainer.current_epoch * steps_per_epoch + -(-done // every))
