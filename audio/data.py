@@ -53,6 +53,8 @@ class AudioData(DataModule):
         sample_rate: of what the model takes.
         channel: index of the channel that is used; null: the mean of all.
         level: peak scales each clip to a largest sample of 1, none keeps levels.
+        min_seconds: silence follows a shorter clip up to this length, so that where single hits
+            were trimmed does not matter.
         crop_seconds: train on random parts of this length; null: on whole clips.
         augmentation: random changes of training clips.
         test_fraction: part to test on, where neither the table nor test_groups says it.
@@ -88,6 +90,7 @@ class AudioData(DataModule):
         sample_rate: int = 16000,
         channel: int | None = None,
         level: Literal["none", "peak"] = "none",
+        min_seconds: float = 0.0,
         crop_seconds: float | None = None,
         augmentation: Augmentation | None = None,
         test_fraction: float = 0.2,
@@ -117,7 +120,7 @@ class AudioData(DataModule):
         self.source, self.layout, self.targets = source, layout, targets
         self.columns, self.where, self.given_labels = columns, where, labels
         self.sample_rate, self.channel, self.level = sample_rate, channel, level
-        self.crop_seconds = crop_seconds
+        self.min_seconds, self.crop_seconds = min_seconds, crop_seconds
         self.test_fraction, self.val_fraction = test_fraction, val_fraction
         self.test_groups, self.test_fold, self.val_fold = test_groups, test_fold, val_fold
         self.max_letters_per_second = max_letters_per_second
@@ -128,7 +131,10 @@ class AudioData(DataModule):
     @property
     def preprocessing(self) -> AudioPreprocessing:
         return AudioPreprocessing(
-            sample_rate=self.sample_rate, channel=self.channel, level=self.level
+            sample_rate=self.sample_rate,
+            channel=self.channel,
+            level=self.level,
+            min_seconds=self.min_seconds,
         )
 
     def read(self) -> list[Clip]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -30,13 +31,18 @@ class AudioPreprocessing(Preprocessing):
         sample_rate: samples per second that the model takes; others are resampled.
         channel: index of the channel that is used; null: the mean of all.
         level: "peak" scales each clip to a largest sample of 1, which a stream cannot; "none".
+        min_seconds: silence follows a shorter clip up to this length, so that where single hits
+            were trimmed does not matter.
     """
 
     sample_rate: int
     channel: int | None = None
     level: Literal["none", "peak"] = "none"
+    min_seconds: float = 0.0
 
     def __post_init__(self) -> None:
+        if self.min_seconds < 0:
+            raise ValueError(f"data.min_seconds is {self.min_seconds}, expected at least 0")
         if self.level not in ("none", "peak"):
             raise ValueError(f"data.level is {self.level!r}, expected none or peak")
 
@@ -54,13 +60,13 @@ class AudioPreprocessing(Preprocessing):
             recording = self._given(item)
         samples = mix_down(recording.samples, channel, name)
         samples = resample(samples, recording.rate, self.sample_rate)
-        return self.scaled(samples)
+        if self.level == "peak":
+            samples = samples / samples.abs().max().clamp(min=MIN_PEAK)
+        return F.pad(samples, (0, self.missing(len(samples))))
 
-    def scaled(self, samples: Tensor) -> Tensor:
-        """Samples (n,) at the level that the model takes."""
-        if self.level == "none":
-            return samples
-        return samples / samples.abs().max().clamp(min=MIN_PEAK)
+    def missing(self, samples: int) -> int:
+        """Samples of silence that a clip of that many is followed by."""
+        return max(0, round(self.min_seconds * self.sample_rate) - samples)
 
     def collate(self, samples: Sequence[Sample]) -> Sample:
         """Pad inputs with zeros, and say by "mask" (b, n) where they are longer than the clip.

@@ -45,9 +45,9 @@ class AudioStream:
     def __init__(self, task: Any, preprocessing: Any, rate: int) -> None:
         model = task.model
         _check_can_stream(model, preprocessing)
-        self.task, self.model, self.channel = task.eval(), model, preprocessing.channel
+        self.task, self.model, self.preprocessing = task.eval(), model, preprocessing
         self.rate, self.device = rate, next(model.parameters()).device
-        self.received = 0
+        self.received = self._heard = 0  # samples at the stream's rate, and at the model's
         self._resample = StreamResampler(rate, preprocessing.sample_rate)
         self._frames = StreamFrames(model.adapter.features)
         self._tokens = _token_stream(model.adapter)
@@ -66,8 +66,10 @@ class AudioStream:
                 f"the stream has NaN or infinite samples after {self.seconds:.3f} s"
             )
         self.received += samples.shape[1]
-        mono = mix_down(samples, self.channel, "the stream").to(self.device)
-        news = self._read(self._tokens.push(self._frames.push(self._resample.push(mono))))
+        mono = mix_down(samples, self.preprocessing.channel, "the stream").to(self.device)
+        ready = self._resample.push(mono)
+        self._heard += len(ready)
+        news = self._read(self._tokens.push(self._frames.push(ready)))
         return {"seconds": self.seconds, **self._reader.running()} if news else None
 
     @torch.inference_mode()
@@ -78,7 +80,9 @@ class AudioStream:
         """
         if self.received == 0:
             raise UnreadableInput("the stream: 0 samples")
-        frames = self._frames.push(self._resample.finish())
+        rest = self._resample.finish().to(self.device)
+        silence = self.preprocessing.missing(self._heard + len(rest))
+        frames = self._frames.push(F.pad(rest, (0, silence)))
         last = torch.cat([frames, self._frames.finish()], 1)
         self._read(torch.cat([self._tokens.push(last), self._tokens.finish()], 1))
         return {"seconds": self.seconds, **self._reader.final(), "final": True}

@@ -108,8 +108,9 @@ def test_a_stream_ends_with_the_offline_answer(case, rate, channels):
 
 @pytest.mark.parametrize("samples", [1, 100, 399, 400, 401, 2000])
 def test_short_streams_too(samples):
-    for case in ("clip, frames", "clip, patches"):
-        task, preprocessing = make_task(*CASES[case]), AudioPreprocessing(sample_rate=16000)
+    for case, least in (("clip, frames", 0.0), ("clip, patches", 0.0), ("tags", 0.1)):
+        preprocessing = AudioPreprocessing(sample_rate=16000, min_seconds=least)
+        task = make_task(*CASES[case])
         heard = wave(samples)
         predictor = SimpleNamespace(task=task, preprocessing=preprocessing)
         *_, last = stream(predictor, [heard[:, :3], heard[:, 3:]], rate=16000)
