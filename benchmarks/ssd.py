@@ -125,7 +125,7 @@ def fla(shape: tuple[int, ...]) -> Functions:
 
     def forward():
         with torch.no_grad():
-            return chunk_simple_gla(q, k, v, g=g, scale=1.0)
+            return chunk_simple_gla(q, k, v, g=g, scale=1.0)[0]
 
     return {"forward": forward}
 

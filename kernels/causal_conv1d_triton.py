@@ -24,6 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .dispatch import is_plain
+
 TILE_TOKENS = 32  # forward: tokens a program
 RUNS = 8  # backward: runs a program; fewer for wide filters, whose taps take the registers
 STRETCH = 4  # backward: tokens of a run that are loaded at once; 1 for filters wider than 4 taps,
@@ -546,7 +548,9 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _differentiate(ctx, dy, dfinal):
     x, weight, bias, initial_states, cu_seqlens = ctx.saved_tensors
-    dx, dweight, dbias, dinitial = torch.ops.mamba2_apps.causal_conv1d_triton_backward(
+    direct = not torch.is_grad_enabled() and is_plain(dy, dfinal, x, weight)
+    run = _backward if direct else torch.ops.mamba2_apps.causal_conv1d_triton_backward
+    dx, dweight, dbias, dinitial = run(
         torch.zeros_like(x) if dy is None else dy,
         dfinal,
         x,
@@ -567,6 +571,14 @@ def _differentiate(ctx, dy, dfinal):
         None,
         None,
     )
+
+
+class _Direct(torch.autograd.Function):
+    """The operator for tensors that need no dispatcher, which takes longer than a small call."""
+
+    forward = staticmethod(_forward)
+    setup_context = staticmethod(_setup_context)
+    backward = staticmethod(_differentiate)
 
 
 def _no_second_derivative(ctx, *grads):
@@ -607,7 +619,9 @@ def causal_conv1d(
     x (b, l, d) with any strides, weight (d, w), bias (d,), activation None or "silu",
     initial_states (b or nseq, w - 1, d), cu_seqlens (nseq + 1,) int32 with b == 1.
     """
-    y, final = torch.ops.mamba2_apps.causal_conv1d_triton(
+    tensors = x, weight, bias, initial_states, cu_seqlens
+    run = _Direct.apply if is_plain(*tensors) else torch.ops.mamba2_apps.causal_conv1d_triton
+    y, final = run(
         x,
         weight,
         bias,

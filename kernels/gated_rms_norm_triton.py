@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .dispatch import is_plain
+
 TILE = 2048  # elements a program works on at once, where a group is not larger
 MOST_ROWS = 16
 FORWARD_THREAD = 16  # elements a thread; the backward holds five tensors of them in registers
@@ -232,10 +234,18 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _differentiate(ctx, dy):
     x, weight, z = ctx.saved_tensors
-    dx, dweight, dz = torch.ops.mamba2_apps.gated_rms_norm_triton_backward(
-        dy, x, weight, z, ctx.eps, ctx.group_size, ctx.norm_before_gate
-    )
+    direct = not torch.is_grad_enabled() and is_plain(dy, x, weight, z)
+    run = _backward if direct else torch.ops.mamba2_apps.gated_rms_norm_triton_backward
+    dx, dweight, dz = run(dy, x, weight, z, ctx.eps, ctx.group_size, ctx.norm_before_gate)
     return dx, dweight, None if z is None else dz, None, None, None
+
+
+class _Direct(torch.autograd.Function):
+    """The operator for tensors that need no dispatcher, which takes longer than a small call."""
+
+    forward = staticmethod(_forward)
+    setup_context = staticmethod(_setup_context)
+    backward = staticmethod(_differentiate)
 
 
 def _no_second_derivative(ctx, *grads):
@@ -270,6 +280,5 @@ def gated_rms_norm(
     norm_before_gate: bool,
 ) -> Tensor:
     """y (..., d) of x's dtype; x and z (..., d) with any strides, weight (d,)."""
-    return torch.ops.mamba2_apps.gated_rms_norm_triton(
-        x, weight, z, eps, group_size or x.shape[-1], norm_before_gate
-    )
+    run = _Direct.apply if is_plain(x, weight, z) else torch.ops.mamba2_apps.gated_rms_norm_triton
+    return run(x, weight, z, eps, group_size or x.shape[-1], norm_before_gate)

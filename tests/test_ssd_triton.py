@@ -13,7 +13,13 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from mamba2_apps.kernels import ssd, ssd_bidirectional, ssd_triton
+from mamba2_apps.kernels import (
+    ssd,
+    ssd_bidirectional,
+    ssd_triton,
+    ssd_triton_launch,
+    ssd_triton_plan,
+)
 
 # (limit of ‖a - b‖ / ‖b‖, and the limit for the gradients of dt, A and dt_bias)
 TOLERANCE = {
@@ -39,11 +45,11 @@ def nan_in_new_tensors():
 
 def use_tiling(monkeypatch, **changes):
     """Cut all following calls as the rule says, but for `changes`."""
-    rule = ssd_triton.tiling
+    rule = ssd_triton_plan.tiling
     monkeypatch.setattr(
-        ssd_triton, "tiling", lambda *sizes: dataclasses.replace(rule(*sizes), **changes)
+        ssd_triton_plan, "tiling", lambda *sizes: dataclasses.replace(rule(*sizes), **changes)
     )
-    monkeypatch.setattr(ssd_triton, "_prepared", {})
+    monkeypatch.setattr(ssd_triton_launch, "_prepared", {})
 
 
 def draw(
@@ -155,10 +161,10 @@ def test_cut_into_segments_and_splits(monkeypatch, direction):
         monkeypatch, forward_chunk=16, chunk=16, tile=16, scan_programs=64, least_segment=1,
         backward_programs=64, shared_programs=64,
     )  # fmt: skip
-    monkeypatch.setattr(ssd_triton, "_p_block", lambda p, dtype: 16)
-    monkeypatch.setattr(ssd_triton, "_n_block", lambda n, dtype: 16)
-    monkeypatch.setattr(ssd_triton, "_scan_n_block", lambda n: 16)
-    monkeypatch.setattr(ssd_triton, "STATE_BLOCK", 128)
+    monkeypatch.setattr(ssd_triton_plan, "p_block", lambda p, dtype: 16)
+    monkeypatch.setattr(ssd_triton_plan, "n_block", lambda n, dtype: 16)
+    monkeypatch.setattr(ssd_triton_plan, "scan_n_block", lambda n: 16)
+    monkeypatch.setattr(ssd_triton_launch, "STATE_BLOCK", 128)
     torch.manual_seed(0)
     case, options = split_options(direction)
     check(draw(l=45, p=20, n=20, d_matrix=True, **case), **options)
@@ -168,7 +174,7 @@ def test_cut_into_segments_and_splits(monkeypatch, direction):
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_in_parts_of_the_batch(monkeypatch, direction):
     use_tiling(monkeypatch, **SMALL_CHUNKS)
-    monkeypatch.setattr(ssd_triton, "MOST_WORKSPACE", 100_000)
+    monkeypatch.setattr(ssd_triton_plan, "MOST_WORKSPACE", 100_000)
     torch.manual_seed(0)
     case, options = split_options(direction)
     check(draw(b=3, l=37, h=2, p=16, n=16, d_matrix=True, **case), **options)
@@ -180,8 +186,8 @@ def test_in_parts_of_the_batch(monkeypatch, direction):
 )
 def test_both_directions_through_stored_states(monkeypatch, case):
     use_tiling(monkeypatch, **SMALL_CHUNKS, scan_programs=8, least_segment=1)
-    monkeypatch.setattr(ssd_triton, "CHUNKED_DSTATE", 0)
-    monkeypatch.setattr(ssd_triton, "MOST_STATES", 40_000)
+    monkeypatch.setattr(ssd_triton_plan, "CHUNKED_DSTATE", 0)
+    monkeypatch.setattr(ssd_triton_plan, "MOST_STATES", 40_000)
     torch.manual_seed(0)
     check(draw(l=45, both=True, **case), case.get("bounds"))
 
@@ -214,6 +220,17 @@ def test_any_strides(monkeypatch):
     }
     for name, result in run(strided, None, "triton").items():
         assert torch.equal(result, contiguous[name]), name
+
+
+@interpreted
+def test_a_second_derivative_is_refused(monkeypatch):
+    use_tiling(monkeypatch, **SMALL_CHUNKS)
+    torch.manual_seed(0)
+    t = {name: tensor.requires_grad_() for name, tensor in draw(l=9, states=False).items()}
+    y = ssd(**t, backend="triton")
+    (dx,) = torch.autograd.grad(y.square().sum(), t["x"], create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        dx.sum().backward()
 
 
 @interpreted
@@ -326,10 +343,10 @@ def test_shapes_on_gpu(case):
 @pytest.mark.parametrize("n", [64, 128])
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_designs_and_parts_on_gpu(monkeypatch, dstate_from, n, direction):
-    monkeypatch.setattr(ssd_triton, "CHUNKED_DSTATE", dstate_from)
-    monkeypatch.setattr(ssd_triton, "MOST_WORKSPACE", 1_000_000)
-    monkeypatch.setattr(ssd_triton, "MOST_STATES", 1_000_000)
-    monkeypatch.setattr(ssd_triton, "_prepared", {})
+    monkeypatch.setattr(ssd_triton_plan, "CHUNKED_DSTATE", dstate_from)
+    monkeypatch.setattr(ssd_triton_plan, "MOST_WORKSPACE", 1_000_000)
+    monkeypatch.setattr(ssd_triton_plan, "MOST_STATES", 1_000_000)
+    monkeypatch.setattr(ssd_triton_launch, "_prepared", {})
     torch.manual_seed(0)
     case, options = split_options(direction)
     shape = {"b": 5, "l": 1100, "h": 3, "p": 72, "n": n, "dtype": torch.bfloat16}

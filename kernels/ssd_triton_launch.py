@@ -1,0 +1,386 @@
+"""The launches of a call, prepared once for its shapes, strides and flags.
+
+Dimension legend: batch b · seqlen l · nheads h · headdim p · ngroups g · dstate n · chunk q
+
+A small shape takes less time on the GPU than Triton's launcher takes to look at sixty arguments, so
+the kernels compiled for a call are kept and called directly, with bare addresses.
+"""
+
+import functools
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from operator import itemgetter
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton import knobs
+from triton.runtime import driver
+
+from . import ssd_triton_interpreter  # noqa: F401
+from . import ssd_triton_plan as planning
+from .dispatch import interpreting
+from .ssd_triton_backward import (
+    chunk_backward_kernel,
+    reduce_kernel,
+    shared_backward_kernel,
+    step_backward_kernel,
+)
+from .ssd_triton_chunks import chunk_forward_kernel
+from .ssd_triton_forward import forward_kernel
+from .ssd_triton_scan import carry_segments_kernel, scan_kernel
+
+SUM_BLOCK = 1024
+SEGMENT_BLOCK = 32
+STATE_BLOCK = 64
+
+
+@functools.lru_cache
+def _processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """tf32 where torch's own products may use it, else three tf32 products for float32 accuracy."""
+    if dtype != torch.float32 or torch.backends.cuda.matmul.allow_tf32:
+        return "tf32"
+    return "tf32x3"
+
+
+class Launch(NamedTuple):
+    kernel: Any
+    programs: int
+    warps: int
+    tensors: itemgetter  # which of the call's tensors come first
+    rest: tuple  # the arguments after them
+
+
+class _Prepared:
+    """Launches that calls of equal shapes, strides and flags have in common."""
+
+    launches: list[Launch]
+    states = 0  # offset into the workspace
+
+    def __init__(self, x: Tensor) -> None:
+        self.device_index = x.device.index
+        self.dtype = x.dtype
+        self.compiled: dict[Any, list[Any]] = {}
+
+    def states_in(self, workspace: Tensor) -> Tensor:
+        """Where a workspace holds states, which are of x's dtype."""
+        return workspace[self.states :].view(self.dtype)
+
+    def run(self, tensors: Sequence[Tensor]) -> None:
+        """kernel[grid](*args) for each, but Triton looks at the arguments the first time only."""
+        pointers = [t.data_ptr() for t in tensors]
+        union = 0
+        for pointer in pointers:
+            union |= pointer
+        # Triton compiles for pointers that are multiples of 16, and again for each set that is not.
+        aligned = None if union % 16 == 0 else tuple(pointer % 16 == 0 for pointer in pointers)
+        compiled = self.compiled.get(aligned)
+        if compiled is None:
+            self.compiled[aligned] = self._first_run(tensors)
+        elif compiled and not _is_watched():
+            stream = driver.active.get_current_stream(self.device_index)
+            for run, function, metadata, programs, pick, rest in compiled:
+                run(
+                    programs, 1, 1, stream, function, metadata, None, None, None,
+                    *pick(pointers), *rest,
+                )  # fmt: skip
+        else:  # the interpreter, or a profiler that wants to know more
+            for kernel, programs, warps, pick, rest in self.launches:
+                kernel[(programs,)](*pick(tensors), *rest, num_warps=warps)
+
+    def _first_run(self, tensors: Sequence[Tensor]) -> list[Any]:
+        if interpreting():
+            for kernel, programs, _, pick, rest in self.launches:
+                kernel[(programs,)](*pick(tensors), *rest)
+            return []
+        # The compilers leave Python's lock: what is not in Triton's cache is built side by side.
+        device = torch.cuda.current_device()
+
+        def build(launch: Launch) -> None:
+            kernel, programs, warps, pick, rest = launch
+            torch.cuda.set_device(device)
+            kernel.warmup(*pick(tensors), *rest, grid=(programs,), num_warps=warps)._init_handles()
+
+        distinct = {launch.kernel: launch for launch in self.launches}
+        with ThreadPoolExecutor(len(distinct)) as pool:
+            list(pool.map(build, distinct.values()))
+        compiled = []
+        for kernel, programs, warps, pick, rest in self.launches:
+            built = kernel[(programs,)](*pick(tensors), *rest, num_warps=warps)
+            compiled.append(
+                (built.run, built.function, built.packed_metadata, programs, pick, rest)
+            )
+        return compiled
+
+
+class _Call:
+    """What the arguments of a call say, whatever their values."""
+
+    def __init__(self, tensors: tuple[Any, ...], settings: tuple) -> None:
+        x, dt, _, B, C, D, z, dt_bias, initial_states, cu_seqlens = tensors
+        self.softplus, self.low, self.high, reverse = settings
+        self.reverse = int(reverse)
+        self.directions = 2 if dt.dim() == 4 else 1
+        self.b, self.l, self.h, self.p = self.shape = tuple(x.shape[-4:])
+        self.g, self.n = B.shape[-2:]
+        self.packed = cu_seqlens is not None
+        self.nseq = cu_seqlens.shape[0] - 1 if self.packed else 0
+        self.x_shared = x.dim() == 4
+        self.merged = self.directions == 1 or not (x.dim() == 5 or B.dim() == 5 or C.dim() == 5)
+        self.has_bias, self.has_init = dt_bias is not None, initial_states is not None
+        self.has_d, self.d_matrix = D is not None, D is not None and D.dim() == 2
+        self.d_rows = 0 if D is None else D.numel()
+        self.inputs = (*_strides(x, 5), *_strides(B, 5), *_strides(C, 5))
+        self.of_dt = _strides(dt, 4)
+        self.of_z = (0, 0, 0, 0) if z is None else z.stride()
+        self.dtype = x.dtype
+        self.dot = _precision(x.dtype)
+        self.p_block, self.n_block = (
+            planning.p_block(self.p, x.dtype),
+            planning.n_block(self.n, x.dtype),
+        )
+        self.processors = _processors(x.device)
+        pair = (2,) if self.directions == 2 else ()
+        self.state_shape = (*pair, self.nseq or self.b, self.h, self.p, self.n)
+
+
+class Forward(_Prepared):
+    # x, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens, y, ungated, final, workspace
+    SCAN = itemgetter(0, 3, 0, 4, 1, 2, 7, 8, 12, 13, 13, 9, 13, 13)
+    CARRY = itemgetter(13, 13, 12, 13)
+    WALK = itemgetter(0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 11, 12, 9, 13)
+
+    def __init__(self, tensors, settings, has_final: bool, save_ungated: bool) -> None:
+        super().__init__(tensors[0])
+        c = _Call(tensors, settings)
+        self.shape, self.state_shape = c.shape, c.state_shape
+        self.cut, self.plan = cut, plan = planning.forward_plan(
+            c.b, c.nseq, c.l, c.h, c.p, c.n, c.directions, c.dtype, c.processors
+        )
+        self.floats, at = plan.floats, plan.offsets
+        segmented = plan.segments > 1
+        segments = plan.segments, plan.segment_slots
+        self.launches = []
+        if segmented:
+            scan = (
+                *c.inputs, 0, 0, 0, 0, *c.of_dt, 0, 0, 0, at["marks"], at["carry"], c.low, c.high,
+                c.l, c.nseq, plan.slots, 0, c.b, c.b, c.h, c.h // c.g, *segments, c.reverse, c.p,
+                c.n, c.directions, False, False, c.has_bias, c.has_init, has_final, False, False,
+                c.softplus, c.packed, True, plan.p_tiles, plan.scan_n_tiles, cut.forward_chunk,
+                c.p_block, planning.scan_n_block(c.n), c.dot, cut.scan_stages,
+            )  # fmt: skip
+            programs = plan.lines * plan.p_tiles * plan.scan_n_tiles * plan.segments
+            carry = (
+                at["marks"], at["carry"], at["carried"], c.nseq, c.b, c.b, c.h, plan.segments,
+                c.reverse, c.p, c.n, c.directions, c.packed, has_final, False,
+                _segment_block(plan.segments), STATE_BLOCK,
+            )  # fmt: skip
+            blocks = plan.lines * -(-c.p * c.n // STATE_BLOCK)
+            self.launches = [
+                Launch(scan_kernel, programs, cut.scan_warps, self.SCAN, scan),
+                Launch(carry_segments_kernel, blocks, 4, self.CARRY, carry),
+            ]
+        walk = (
+            *c.inputs, *c.of_z, *c.of_dt, at.get("carried", 0), c.low, c.high, c.l, c.nseq,
+            plan.slots, c.b, c.h, c.h // c.g, *segments, c.reverse, c.p, c.n, c.directions,
+            c.x_shared, c.has_bias, c.has_d, c.d_matrix, tensors[6] is not None, save_ungated,
+            c.has_init, has_final and not segmented, c.softplus, c.packed, segmented, plan.p_tiles,
+            plan.n_tiles, cut.forward_chunk, c.p_block, c.n_block, c.dot, cut.forward_stages,
+        )  # fmt: skip
+        programs = c.b * c.h * plan.p_tiles * plan.segments
+        self.launches.append(Launch(forward_kernel, programs, cut.forward_warps, self.WALK, walk))
+
+
+class ChunkedForward(_Prepared):
+    # As Forward, and the states.
+    SCAN = itemgetter(0, 3, 0, 4, 1, 2, 7, 8, 12, 13, 13, 9, 13, 14)
+    CARRY = itemgetter(13, 14, 12, 13)
+    CHUNK = itemgetter(0, 3, 4, 5, 10, 9, 13, 14)
+
+    def __init__(self, tensors, settings, has_final: bool, save_ungated: bool) -> None:
+        super().__init__(tensors[0])
+        self.call = c = _Call(tensors, settings)
+        self.shape, self.state_shape = c.shape, c.state_shape
+        self.cut, self.plan = planning.chunked_plan(
+            c.b, c.nseq, c.l, c.h, c.p, c.g, c.n, c.dtype, c.processors
+        )
+        self.floats, self.states = self.plan.floats, self.plan.offsets["states"]
+        self.launches = []
+        for first in range(0, c.b, self.plan.part):
+            self.launches += self._of_part(first, min(self.plan.part, c.b - first), has_final)
+
+    def _of_part(self, first: int, rows: int, has_final: bool) -> list[Launch]:
+        c, cut, plan, at = self.call, self.cut, self.plan, self.plan.offsets
+        segmented = plan.segments > 1
+        segments = plan.segments, plan.segment_slots
+        lines = 2 * rows * c.h
+        scan = (
+            *c.inputs, 0, 0, 0, 0, *c.of_dt, at["cum"], at["dtp"], at["fade"], at["marks"],
+            at["carry"], c.low, c.high, c.l, c.nseq, plan.slots, first, rows, c.b, c.h, c.h // c.g,
+            *segments, 0, c.p, c.n, 2, False, True, c.has_bias, c.has_init, has_final, False, False,
+            c.softplus, c.packed, segmented, *plan.state_tiles, cut.chunk, c.p_block,
+            planning.scan_n_block(c.n), c.dot, cut.scan_stages,
+        )  # fmt: skip
+        programs = lines * plan.state_tiles[0] * plan.state_tiles[1] * plan.segments
+        launches = [Launch(scan_kernel, programs, cut.scan_warps, self.SCAN, scan)]
+        if segmented:
+            carry = (
+                at["marks"], at["carry"], plan.carried, c.nseq, rows, c.b, c.h, plan.segments, 0,
+                c.p, c.n, 2, c.packed, has_final, False, _segment_block(plan.segments), STATE_BLOCK,
+            )  # fmt: skip
+            programs = lines * -(-c.p * c.n // STATE_BLOCK)
+            launches.append(Launch(carry_segments_kernel, programs, 4, self.CARRY, carry))
+        splits, per_program = plan.split
+        chunk = (
+            *c.inputs, at["cum"], at["dtp"], at["fade"], plan.carried, c.l, c.nseq, plan.slots,
+            first, rows, c.h, c.h // c.g, per_program, splits, plan.tiles, *segments, c.p, c.n,
+            c.merged, c.x_shared, c.has_d, c.d_matrix, c.packed, segmented, plan.p_tiles,
+            plan.n_tiles, cut.chunk, cut.tile, c.p_block, c.n_block, c.dot, cut.backward_stages,
+        )  # fmt: skip
+        programs = rows * plan.tiles * c.g * splits
+        launches.append(Launch(chunk_forward_kernel, programs, 4, self.CHUNK, chunk))
+        return launches
+
+
+class Backward(_Prepared):
+    # x, dt, A, B, C, D, dt_bias, initial_states, cu_seqlens, dy, dfinal, workspace, states,
+    # dx, ddt, dA, dB, dC, dD, dbias, dinit
+    SCAN = itemgetter(0, 3, 9, 4, 1, 2, 6, 7, 11, 10, 20, 8, 11, 12)
+    CARRY = itemgetter(11, 12, 11, 20)
+    CHUNK = itemgetter(0, 3, 4, 5, 9, 13, 8, 11, 12)
+    SHARED = itemgetter(0, 3, 4, 9, 16, 17, 8, 11, 12)
+    SHARED_SPLIT = itemgetter(0, 3, 4, 9, 11, 11, 8, 11, 12)
+    STEP = itemgetter(1, 2, 6, 14, 8, 11)
+    REDUCE = itemgetter(11, 15, 19, 18, 16, 17)
+
+    def __init__(self, tensors, settings, dy: Tensor, has_dfinal: bool) -> None:
+        super().__init__(tensors[0])
+        self.call = c = _Call(tensors, settings)
+        self.merged, self.state_shape = c.merged, c.state_shape
+        self.of_dy = dy.stride()
+        self.cut, self.plan = planning.backward_plan(
+            c.b, c.nseq, c.l, c.h, c.p, c.g, c.n, c.directions, c.merged, c.d_rows, c.dtype,
+            c.processors,
+        )  # fmt: skip
+        plan = self.plan
+        self.floats, self.states = plan.floats, plan.offsets["states"]
+        self.launches = []
+        for first in range(0, c.b, plan.part):
+            self.launches += self._of_part(first, min(plan.part, c.b - first), has_dfinal)
+        at, splits = plan.offsets, plan.shared_split[0]
+        size = plan.served * c.b * c.l * c.g * c.n
+        reduce = (
+            at["dA"], at["dbias"], at["dD"], at["dB"], at["dC"], c.h, c.d_rows,
+            c.b * -(-plan.slots // plan.step_slots), plan.served * c.b * plan.tiles, splits, size,
+            c.directions, c.has_bias, c.has_d, splits > 1, SUM_BLOCK,
+        )  # fmt: skip
+        programs = c.directions * c.h * (1 + c.has_bias) + c.d_rows
+        programs += -(-size // SUM_BLOCK) * (splits > 1)
+        self.launches.append(Launch(reduce_kernel, programs, 4, self.REDUCE, reduce))
+
+    def _of_part(self, first: int, rows: int, has_dfinal: bool) -> list[Launch]:
+        """All launches but the last for `rows` rows of the batch."""
+        c, cut, plan, at = self.call, self.cut, self.plan, self.plan.offsets
+        segmented = plan.segments > 1
+        segments = plan.segments, plan.segment_slots
+        lines = 2 * c.directions * rows * c.h
+        sizes = c.l, c.nseq, plan.slots, first, rows, c.b, c.h
+        blocks = plan.p_tiles, plan.n_tiles, cut.chunk, cut.tile, c.p_block, c.n_block, c.dot
+        entered = at["cum"], at["dtp"], at["fade"], plan.carried
+        scan = (
+            *c.inputs, *self.of_dy, *c.of_dt, at["cum"], at["dtp"], at["fade"], at["marks"],
+            at["carry"], c.low, c.high, *sizes, c.h // c.g, *segments, c.reverse, c.p, c.n,
+            c.directions, True, True, c.has_bias, c.has_init, False, has_dfinal, c.has_init,
+            c.softplus, c.packed, segmented, *plan.state_tiles, cut.chunk, c.p_block,
+            planning.scan_n_block(c.n), c.dot, cut.scan_stages,
+        )  # fmt: skip
+        programs = lines * plan.state_tiles[0] * plan.state_tiles[1] * plan.segments
+        launches = [Launch(scan_kernel, programs, cut.scan_warps, self.SCAN, scan)]
+        if segmented:
+            carry = (
+                at["marks"], at["carry"], plan.carried, c.nseq, rows, c.b, c.h, plan.segments,
+                c.reverse, c.p, c.n, c.directions, c.packed, False, c.has_init,
+                _segment_block(plan.segments), STATE_BLOCK,
+            )  # fmt: skip
+            programs = lines * -(-c.p * c.n // STATE_BLOCK)
+            launches.append(Launch(carry_segments_kernel, programs, 4, self.CARRY, carry))
+
+        each = c.directions // plan.served
+        splits, per_program = plan.chunk_split
+        tiles = cut.chunk // cut.tile
+        squares = each * (tiles - 1) + tiles
+        chunk = (
+            *c.inputs, *self.of_dy, *entered, at["row"], at["far"], at["column"],
+            at["column_far"], at["dD"], plan.mix, *sizes, c.h // c.g, per_program, splits,
+            plan.tiles, *segments, c.reverse, c.p, c.n, c.directions, each, c.x_shared, c.has_d,
+            c.d_matrix, c.packed, segmented, *blocks, cut.backward_stages, squares,
+        )  # fmt: skip
+        programs = plan.served * rows * plan.slots * (tiles + squares) * c.g * splits
+        launches.append(
+            Launch(chunk_backward_kernel, programs, cut.backward_warps, self.CHUNK, chunk)
+        )
+
+        shared_splits, per_program = plan.shared_split
+        partial = shared_splits > 1
+        shared = (
+            *c.inputs, *self.of_dy, *entered, at["into"], at["out"], at["overlap"], plan.mix,
+            at["dB"] * partial, at["dC"] * partial, *sizes, c.h // c.g, per_program,
+            shared_splits, splits, *segments, c.reverse, c.p, c.n, c.directions, each, c.packed,
+            segmented, *blocks, cut.shared_stages,
+        )  # fmt: skip
+        programs = 2 * plan.served * rows * plan.slots * c.g * plan.n_tiles * shared_splits
+        pick = self.SHARED_SPLIT if partial else self.SHARED
+        launches.append(Launch(shared_backward_kernel, programs, cut.shared_warps, pick, shared))
+
+        step = (
+            *c.of_dt, at["dtp"], at["row"], at["far"], at["column"], at["column_far"], at["into"],
+            at["out"], at["overlap"], at["dA"], at["dbias"], c.low, c.high, *sizes, c.reverse,
+            c.directions, c.has_bias, c.softplus, c.packed, plan.n_tiles, cut.chunk, cut.tile,
+            plan.step_slots,
+        )  # fmt: skip
+        programs = c.directions * rows * c.h * -(-plan.slots // plan.step_slots)
+        launches.append(Launch(step_backward_kernel, programs, 4, self.STEP, step))
+        return launches
+
+
+def _strides(t: Tensor, dims: int) -> tuple[int, ...]:
+    """Strides with a 0 in front for the direction where `t` has none."""
+    strides = t.stride()
+    return strides if len(strides) == dims else (0, *strides)
+
+
+def _segment_block(segments: int) -> int:
+    return max(2, min(SEGMENT_BLOCK, triton.next_power_of_2(segments)))
+
+
+def _is_watched() -> bool:
+    """Whether a profiler asked Triton to be told of launches."""
+    hook = knobs.runtime.launch_enter_hook
+    return hook is not None and bool(getattr(hook, "calls", True))
+
+
+_prepared: dict[Any, Any] = {}
+_MOST_PREPARED = 4096
+
+
+def prepare(make: type, tensors, settings, dy: Tensor | None, *flags: bool) -> Any:
+    """The prepared call for these shapes, strides, dtypes and flags, made on its first use."""
+    key = (
+        make, settings, flags, torch.backends.cuda.matmul.allow_tf32, tensors[0].device,
+        None if dy is None else dy.stride(),
+        *[None if t is None else (t.shape, t.stride(), t.dtype) for t in tensors],
+    )  # fmt: skip
+    prepared = _prepared.get(key)
+    if prepared is None:
+        if len(_prepared) >= _MOST_PREPARED:
+            _prepared.clear()
+        rest = flags if dy is None else (dy, *flags)
+        prepared = _prepared[key] = make(tensors, settings, *rest)
+    return prepared
