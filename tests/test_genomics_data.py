@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,8 +11,10 @@ from Bio.Seq import Seq
 
 from mamba2_apps import load, recipes, runs
 from mamba2_apps.catalog import shipped
+from mamba2_apps.cli import main
 from mamba2_apps.data import UnreadableInput
 from mamba2_apps.genomics.annotated import AnnotatedGenome, label_names, paint
+from mamba2_apps.genomics.annotations import read_bed
 from mamba2_apps.genomics.coverage import Coverage
 from mamba2_apps.genomics.data import GenomicBenchmarks, SequenceTable, SplitConfig
 from mamba2_apps.genomics.intervals import Feature
@@ -400,3 +403,40 @@ def test_a_run_of_splice_predicts_as_it_was_trained(tmp_path):
     accuracy = np.mean([a["label"] == b for a, b in zip(answers, labels, strict=True)])
     assert accuracy == pytest.approx(metrics["test"]["accuracy"], abs=1e-6)
     assert predictor.embed([Seq(sequences[0])]).shape == (1, 16)
+
+
+SMALL = ["--model.backbone.n_layer=1", "--model.backbone.d_model=16", "--model.backbone.headdim=8",
+         "--model.backbone.d_state=4", "--trainer.accelerator=cpu", "--trainer.precision=fp32",
+         "--trainer.max_epochs=1", "--optimizer.warmup_epochs=0"]  # fmt: skip
+
+
+def test_genes_are_trained_and_a_genome_is_predicted_on_the_command_line(
+    annotated, monkeypatch, capsys
+):
+    monkeypatch.chdir(annotated)
+    pretrained = ["--data.paths=[g.fa]", "--data.exclude=test.bed", "--data.window=500",
+                  "--data.shift=50", "--data.held_share=0.2"]  # fmt: skip
+    assert main(["train", "genomics/pretrain", "--run", "base", *SMALL, *pretrained]) == 0
+    data = ["--data.genome=g.fa", "--data.annotation=train.bed", "--data.test_annotation=test.bed",
+            "--data.window=128", "--data.margin=10", "--data.shift=5",
+            "--data.val_share=0.4"]  # fmt: skip
+    words = ["train", "genomics/genes", "--run", "genes", "--backbone", "base", *SMALL, *data]
+    assert main(words) == 0
+    leakage = json.loads(Path("genes/leakage.json").read_text())
+    assert leakage["test"]["overlapping_train"] == 0
+    options = ["--window=1000", "--overlap", "100", "--threshold", "0.0001", "--label=[intron+]"]
+    assert main(["predict", "genes", "g.fa", "--output", "o.bed", *options]) == 0
+    (feature,) = read_bed("o.bed")  # nothing is below such a threshold
+    assert (feature.start, feature.end, feature.strand, feature.name) == (0, 5000, "+", "intron")
+    assert main(["predict", "genes", "g.fa", "--output", "o.bedgraph", "--labels=x"]) == 2
+    assert "--label" in capsys.readouterr().err
+    assert not list(Path().glob(".o*"))
+
+
+@pytest.mark.parametrize("name", ["genes", "bacterial-cds", "pretrain", "genomic-benchmarks"])
+def test_missing_data_are_named(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", f"genomics/{name}", "--run", "r"]) == 2
+    error = capsys.readouterr().err
+    assert "data/" in error or "genomic_benchmarks/" in error
+    assert error.count("\n") == 1
