@@ -278,7 +278,6 @@ def _predict(arguments: argparse.Namespace) -> int:
 def _predict_batches(model: Any, arguments: argparse.Namespace) -> int:
     if arguments.overrides:
         raise ValueError(f"unknown argument {arguments.overrides[0]!r}; see {PROG} predict --help")
-    items = model.find(arguments.inputs)
     unreadable = 0
 
     def report(error: Exception) -> None:
@@ -286,13 +285,15 @@ def _predict_batches(model: Any, arguments: argparse.Namespace) -> int:
         unreadable += 1
         print(f"{PROG}: {error}", file=sys.stderr)
 
+    items = model.find(arguments.inputs, report)
+    inputs = len(items) + unreadable
     answers = model.iterate(items, batch_size=arguments.batch_size, on_error=report)
     layout = _layout(arguments)
     with _output(arguments.output) as file:
         _write_answers(answers, file, layout)
     if unreadable:
-        print(f"{PROG}: {unreadable} of {len(items)} inputs could not be read", file=sys.stderr)
-    return 1 if unreadable == len(items) else 0
+        print(f"{PROG}: {unreadable} of {inputs} inputs could not be read", file=sys.stderr)
+    return 1 if unreadable == inputs else 0
 
 
 def _embed(arguments: argparse.Namespace) -> int:

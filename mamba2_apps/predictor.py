@@ -97,20 +97,29 @@ class Predictor:
             raise ValueError("none of the inputs could be read; nothing to embed")
         return names, torch.cat(rows).numpy()
 
-    def find(self, sources: Any) -> list[Any]:
+    def find(
+        self, sources: Any, on_error: Callable[[UnreadableInput], None] | None = None
+    ) -> list[Any]:
         """Every input that `sources` stand for. Raises ValueError for a path that holds none."""
         if isinstance(sources, str | PathLike):
             sources = [sources]
         found: list[Any] = []
         for source in sources:
-            is_path = isinstance(source, str | PathLike)
-            found.extend(self.preprocessing.find(fspath(source)) if is_path else [source])
+            if not isinstance(source, str | PathLike):
+                found.append(source)
+                continue
+            try:
+                found.extend(self.preprocessing.find(fspath(source)))
+            except UnreadableInput as error:  # a file of many inputs is read to find them
+                if on_error is None:
+                    raise
+                on_error(error)
         return found
 
     def _batches(
         self, sources: Any, batch_size: int, on_error: Callable[[UnreadableInput], None] | None
     ) -> Iterator[tuple[list[Any], dict[str, Any]]]:
-        readable = self._readable(self.find(sources), on_error)
+        readable = self._readable(self.find(sources, on_error), on_error)
         while group := list(islice(readable, batch_size)):
             batch = self.preprocessing.collate([{"inputs": tensor} for _, tensor in group])
             batch = {key: value.to(self.device) for key, value in batch.items()}
