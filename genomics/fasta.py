@@ -229,49 +229,68 @@ def _no_fasta(where: str) -> UnreadableInput:
 
 def _scan(path: Path) -> dict[str, _Entry]:
     """Check a FASTA file line by line and note where its sequences lie."""
-    entries: dict[str, _Entry] = {}
-    names: dict[str, int] = {}
-    offset = line_number = short = 0
-    entry, name = _Entry(0), ""
+    index, number = _Index(path), 0
     try:
         with open_binary(path) as file:
-            for line_number, line in enumerate(file, 1):
-                letters = line.rstrip(b"\r\n")
-                offset += len(line)
-                where = f"{path}:{line_number}"
-                if letters.startswith(b">"):
-                    if entries and not entry.length:
-                        raise _empty(path, names[name], name)
-                    name, _ = _name(
-                        letters[1:].decode("utf-8", "replace"), names, line_number, where
-                    )
-                    entry = entries[name] = _Entry(offset)
-                    short = 0
-                elif not entries:
-                    if letters.strip():
-                        raise _no_fasta(where)
-                elif letters:
-                    if short:
-                        raise _ragged(path, short, name)
-                    _check_letters(letters, where, name, entry.length)
-                    if not entry.length:
-                        entry.line_bases, entry.line_bytes = len(letters), len(line)
-                    elif len(letters) > entry.line_bases:
-                        raise _ragged(path, line_number, name)
-                    if len(letters) < entry.line_bases or len(line) != entry.line_bytes:
-                        short = line_number
-                    entry.length += len(letters)
-                else:
-                    short = short or line_number
-    except (EOFError, zlib.error, OSError) as error:
-        if isinstance(error, OSError) and not is_compressed(path):
-            raise
-        raise truncated(path, line_number) from error
-    if not entries:
+            for number, line in enumerate(file, 1):
+                index.add(line, number)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise truncated(path, number) from error
+    if not index.entries:
         raise UnreadableInput(f"{path} holds no FASTA record; expected a line such as >chr1")
-    if not entry.length:
-        raise _empty(path, names[name], name)
-    return entries
+    index.close_record()
+    return index.entries
+
+
+class _Index:
+    """The entries of a FASTA file, from its lines."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.entries, self.name = path, dict[str, _Entry](), ""
+        self._offset, self._lines = 0, dict[str, int]()
+        self._short = 0  # the line of the open record after which none may follow
+
+    def add(self, line: bytes, number: int) -> None:
+        """Take the next line, its end included."""
+        letters = line.rstrip(b"\r\n")
+        self._offset += len(line)
+        where = f"{self.path}:{number}"
+        if letters.startswith(b">"):
+            self.close_record()
+            title = letters[1:].decode("utf-8", "replace")
+            self.name, _ = _name(title, self._lines, number, where)
+            self.entries[self.name] = _Entry(self._offset)
+            self._short = 0
+        elif not letters.strip():
+            self._short = self._short or number
+        elif not self.entries:
+            raise _no_fasta(where)
+        else:
+            self._add_letters(letters, len(line), number, where)
+
+    def _add_letters(self, letters: bytes, line_bytes: int, number: int, where: str) -> None:
+        entry = self.entries[self.name]
+        if self._short:
+            raise self._ragged(self._short)
+        _check_letters(letters, where, self.name, entry.length)
+        if not entry.length:
+            entry.line_bases, entry.line_bytes = len(letters), line_bytes
+        elif len(letters) > entry.line_bases:
+            raise self._ragged(number)
+        if (len(letters), line_bytes) != (entry.line_bases, entry.line_bytes):
+            self._short = number
+        entry.length += len(letters)
+
+    def close_record(self) -> None:
+        """Raise UnreadableInput where the open record is empty."""
+        if self.entries and not self.entries[self.name].length:
+            raise _empty(self.path, self._lines[self.name], self.name)
+
+    def _ragged(self, line: int) -> UnreadableInput:
+        return UnreadableInput(
+            f"{self.path}:{line}: the lines of {self.name!r} have different lengths, so that no "
+            "index can find a base; rewrite the file with lines of one length"
+        )
 
 
 def _check_letters(letters: bytes, where: str, name: str, before: int) -> None:
@@ -279,13 +298,6 @@ def _check_letters(letters: bytes, where: str, name: str, before: int) -> None:
     if wrong is not None:
         letter = letters[wrong : wrong + 1].decode("utf-8", "replace")
         raise UnreadableInput(f"{where}: {place(name, before + wrong)}: {invalid_letter(letter)}")
-
-
-def _ragged(path: Path, line: int, name: str) -> UnreadableInput:
-    return UnreadableInput(
-        f"{path}:{line}: the lines of {name!r} have different lengths, so that no index can find a "
-        "base; rewrite the file with lines of one length"
-    )
 
 
 class _Plain:
