@@ -454,6 +454,9 @@ class Backbone(nn.Module):
         return backbone.eval()
 
     def _residual(self, embeddings: Tensor) -> Tensor:
+        # Additions keep their operands' strides: the tokens of an adapter that convolves, which are
+        # transposed, would be copied again in every block.
+        embeddings = embeddings.contiguous()
         if not self.config.residual_in_fp32:
             return embeddings
         return embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))

@@ -7,7 +7,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from mamba2_apps.data import EpochSampler, UnreadableInput, seed_generators
-from mamba2_apps.vision.adapter import PatchEmbedding
+from mamba2_apps.vision.adapter import ConvStem, PatchEmbedding
 from mamba2_apps.vision.data import ImagePreprocessing
 from mamba2_apps.vision.digits import Digits
 
@@ -181,3 +181,30 @@ def test_the_baselines_are_honest_numbers_on_the_same_split(digits):
     scores = digits.baselines()
     assert scores["scikit-learn SVC"]["accuracy"] > 0.98
     assert 0.9 < scores["scikit-learn logistic regression"]["accuracy"] < 0.98
+
+
+def test_a_stem_halves_the_image_per_stage_and_lays_tokens_in_rows():
+    stem = ConvStem(6, image_size=(9, 12), in_chans=1, widths=(4, 8), blocks=(1, 0)).eval()
+    assert stem.grid_size == (5, 6)
+    images = torch.randn(2, 1, 9, 12)
+    tokens, mask = stem(images)
+    assert mask is None
+    assert tokens.shape == (2, 30, 6)
+    assert tokens.is_contiguous()
+    torch.testing.assert_close(tokens[:, 8] - stem.pos_embed[:, 8], stem.grid(images)[:, :, 1, 2])
+    assert stem(torch.randn(1, 1, 16, 16))[0].shape == (1, 64, 6)
+    # The last block, of the first stage, starts as the identity.
+    torch.testing.assert_close(
+        stem.stages[2](images[:, :1].expand(-1, 4, -1, -1).abs()),
+        torch.nn.functional.gelu(images[:, :1].expand(-1, 4, -1, -1).abs()),
+    )
+    with pytest.raises(ValueError, match="expected one of each for every stage"):
+        ConvStem(6, image_size=9, widths=(4, 8), blocks=(1,))
+
+
+def test_a_class_token_stands_in_the_middle():
+    adapter = PatchEmbedding(5, image_size=4, patch_size=2, in_chans=1, class_token=True)
+    tokens, _ = adapter(torch.randn(2, 1, 4, 4))
+    assert tokens.shape == (2, 5, 5)
+    torch.testing.assert_close(tokens[:, 2], adapter.cls_token[:, 0].expand(2, -1))
+    assert adapter.no_weight_decay() == {"pos_embed", "cls_token"}

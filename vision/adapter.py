@@ -149,11 +149,13 @@ class ConvStem(ImageTokens):
             stages += [_conv(before, channels, stride=1 if i == 0 else 2), nn.GELU()]
             stages += [_Residual(channels) for _ in range(depth)]
             before = channels
-        self.stages = nn.Sequential(*stages)
-        self.proj = nn.Conv2d(before, d_model, 1)
+        # Channels last, which tensor cores read as it is, and which leaves tokens in rows. It is
+        # the weights that decide: an image of one channel has both layouts at once.
+        self.stages = nn.Sequential(*stages).to(memory_format=torch.channels_last)
+        self.proj = nn.Conv2d(before, d_model, 1).to(memory_format=torch.channels_last)
 
     def grid(self, inputs: Tensor) -> Tensor:
-        return self.proj(self.stages(inputs.contiguous(memory_format=torch.channels_last)))
+        return self.proj(self.stages(inputs))
 
 
 class _Residual(nn.Module):
