@@ -227,6 +227,9 @@ class Unfreeze(Callback):
     def __init__(self, config: AdaptationConfig) -> None:
         self.config = config
 
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self.on_train_epoch_start(trainer, module)  # an epoch that is resumed does not start
+
     def on_train_epoch_start(self, trainer: Trainer, module: LightningModule) -> None:
         model, epoch = module.model, trainer.current_epoch + 1
         still = {id(p) for p in frozen_parameters(model, self.config, epoch=epoch)}  # type: ignore[arg-type]

@@ -215,6 +215,10 @@ class DataModule(LightningDataModule, ABC):
         """
         return batch
 
+    def units(self, batch: Sample) -> dict[str, int | Tensor]:
+        """How much a batch holds, by what is counted: "samples", and a domain's own units."""
+        return {"samples": len(batch["inputs"])}
+
     def class_of_samples(self) -> np.ndarray:
         """Class index (n,) of each training sample, for what balances classes."""
         raise ValueError(

@@ -223,6 +223,7 @@ def _finish(recipe: Recipe, run: Path, recorder: Recorder, seconds: float) -> di
         "parameters": sum(p.numel() for p in task.model.parameters()),
         "seed": recipe.seed,
         "seconds": round(seconds, 1),
+        "rates_per_second": {name: round(rate, 4) for name, rate in recorder.rates.items()},
     }
     task.report(run)
     recipe.data.report(task, run)

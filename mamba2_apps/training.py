@@ -36,6 +36,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from mamba2_apps.adaptation import AdaptationConfig, Unfreeze
 from mamba2_apps.data import seed_generators
 from mamba2_apps.files import replacing, write_text
+from mamba2_apps.throughput import Throughput
 
 LAST, BEST = Path("checkpoints/last.ckpt"), Path("checkpoints/best.ckpt")
 METRICS_TABLE = "metrics.csv"
@@ -122,6 +123,7 @@ def build_trainer(
     bar = sys.stderr.isatty()
     callbacks: list[Callback] = [
         SeedEveryBatch(seed),
+        Throughput(bf16=config.precision == "bf16"),
         Recorder(run, config, interrupt, lines=not bar),
     ]
     if bar:
@@ -253,6 +255,7 @@ class Recorder(Checkpoint):
         self.best_epoch: int | None = None
         self.best_score = math.inf if config.mode == "min" else -math.inf
         self.stopped = False
+        self.rates: dict[str, float] = {}
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         trainer.should_stop = self.stopped
@@ -287,6 +290,7 @@ class Recorder(Checkpoint):
             "lr": trainer.optimizers[0].param_groups[0]["lr"],
             **values,
         }
+        self.rates = next(c.rates for c in trainer.callbacks if isinstance(c, Throughput))  # type: ignore[attr-defined]
         score = self._score(values)
         self.history.append(row)
         self.stopped = trainer.should_stop
@@ -341,4 +345,5 @@ class Recorder(Checkpoint):
 
     def _line(self, row: dict[str, Any], better: bool) -> str:
         values = "  ".join(f"{k} {v:.4f}" for k, v in row.items() if "/" in k)
+        values += "".join(f"  {v:.3g} {k}/s" for k, v in self.rates.items() if k != "mfu")
         return f"epoch {row['epoch']}/{self.config.max_epochs}  {values}{'  *' if better else ''}"

@@ -54,7 +54,7 @@ def train(run: Path, *overrides: str) -> dict:
 def result(run: Path) -> tuple[dict, dict, list]:
     """Final weights, metrics and the table of epochs."""
     metrics = json.loads((run / runs.METRICS).read_text())
-    del metrics["seconds"]
+    del metrics["seconds"], metrics["rates_per_second"]
     rows = list(csv.DictReader((run / "metrics.csv").open()))
     return load_file(run / runs.WEIGHTS), metrics, rows
 
