@@ -6,7 +6,7 @@ INSTALLED := .venv/.installed
 .PHONY: help install demo test lint clean
 
 help:
-	@echo "make demo   train a digit classifier and print where its results are"
+	@echo "make demo   train on digits, splice sites and sounds, and print where the results are"
 	@echo "make test   lint, type check and test"
 	@echo "make clean  remove .venv, runs and caches"
 
@@ -20,6 +20,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 demo: $(INSTALLED)
 	$(BIN)/mamba2-apps train vision/digits
+	$(BIN)/mamba2-apps train genomics/splice
+	$(BIN)/mamba2-apps train audio/sounds
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
