@@ -167,17 +167,17 @@ def test_cut_into_segments_and_splits(monkeypatch, direction):
     monkeypatch.setattr(ssd_triton_launch, "STATE_BLOCK", 128)
     torch.manual_seed(0)
     case, options = split_options(direction)
-    check(draw(l=45, p=20, n=20, d_matrix=True, **case), **options)
+    check(draw(l=34, p=20, n=20, d_matrix=True, **case), **options)
 
 
 @interpreted
-@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("direction", DIRECTIONS[1:])
 def test_in_parts_of_the_batch(monkeypatch, direction):
     use_tiling(monkeypatch, **SMALL_CHUNKS)
-    monkeypatch.setattr(ssd_triton_plan, "MOST_WORKSPACE", 100_000)
+    monkeypatch.setattr(ssd_triton_plan, "MOST_WORKSPACE", 40_000)
     torch.manual_seed(0)
     case, options = split_options(direction)
-    check(draw(b=3, l=37, h=2, p=16, n=16, d_matrix=True, **case), **options)
+    check(draw(b=3, l=33, h=2, p=16, n=16, d_matrix=True, **case), **options)
 
 
 @interpreted
@@ -187,7 +187,7 @@ def test_in_parts_of_the_batch(monkeypatch, direction):
 def test_both_directions_through_stored_states(monkeypatch, case):
     use_tiling(monkeypatch, **SMALL_CHUNKS, scan_programs=8, least_segment=1)
     monkeypatch.setattr(ssd_triton_plan, "CHUNKED_DSTATE", 0)
-    monkeypatch.setattr(ssd_triton_plan, "MOST_STATES", 40_000)
+    monkeypatch.setattr(ssd_triton_plan, "MOST_STATES", 20_000)
     torch.manual_seed(0)
     check(draw(l=45, both=True, **case), case.get("bounds"))
 
