@@ -10,7 +10,7 @@ continues as if it had not been, whatever the number of workers.
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -273,6 +273,10 @@ class DataModule(LightningDataModule, ABC):
     def test_dataloader(self) -> DataLoader[Sample]:
         return self._evaluation_loader(self.test_set)
 
+    def evaluation_batches(self, size: int, rank: int, world_size: int) -> Iterable[list[int]]:
+        """Indices of this rank's batches of a data set that is gone through in order."""
+        return ShardedBatches(size, self.batch_size, rank=rank, world_size=world_size)
+
     def batches_done(self) -> int:
         """Batches of the epoch to resume that this rank need not see again."""
         return self._samples_done // (self.batch_size * self._place_among_ranks()[1])
@@ -285,15 +289,15 @@ class DataModule(LightningDataModule, ABC):
         if world_size == 1:
             return self._loader(dataset, batch_size=self.batch_size)
         size: int = len(dataset)  # type: ignore[arg-type]
-        batches = ShardedBatches(size, self.batch_size, rank=rank, world_size=world_size)
+        batches = list(self.evaluation_batches(size, rank, world_size))
         return self._loader(dataset, batch_sampler=batches)
 
-    def _loader(self, dataset: Dataset[Sample], **options: Any) -> DataLoader[Sample]:
+    def _loader(self, dataset: Dataset[Any], **options: Any) -> DataLoader[Sample]:
+        options.setdefault("collate_fn", self.preprocessing.collate)
         return DataLoader(
             dataset,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
-            collate_fn=self.preprocessing.collate,
             pin_memory=torch.cuda.is_available(),
             # Its own generator: an iterator draws one number, which must not move the global one.
             generator=torch.Generator().manual_seed(self.seed),

@@ -19,7 +19,10 @@ def folder_of(package: str) -> Path:
 
 
 def test_packages_listed_are_the_folders_with_code():
-    folders = {"mamba2_apps": ROOT / "mamba2_apps", "mamba2_apps.tasks": ROOT / "mamba2_apps/tasks"}
+    folders = {
+        "mamba2_apps": ROOT / "mamba2_apps",
+        **{f"mamba2_apps.{inner}": ROOT / "mamba2_apps" / inner for inner in ("mixed", "tasks")},
+    }
     for top in ("kernels", *DOMAINS):
         folders[f"mamba2_apps.{top}"] = ROOT / top
         for init in (ROOT / top).rglob("__init__.py"):
@@ -84,7 +87,10 @@ def test_imports_flow_one_way(layer):
     }[layer]
     if layer == "core":
         core = ROOT / "mamba2_apps"
-        paths, package = [*core.glob("*.py"), *core.glob("tasks/*.py")], "mamba2_apps"
+        paths, package = (
+            [*core.glob("*.py"), *core.glob("tasks/*.py"), *core.glob("mixed/*.py")],
+            "mamba2_apps",
+        )
     else:
         paths, package = files_in(ROOT / layer), f"mamba2_apps.{layer}"
     for path in paths:

@@ -38,6 +38,7 @@ class ImageTokens(nn.Module, ABC):
         if class_token:
             self.cls_token = nn.Parameter(torch.empty(1, 1, d_model))
             trunc_normal_(self.cls_token, std=0.02)
+        self.mask_token: nn.Parameter | None = None
 
     @abstractmethod
     def grid(self, inputs: Tensor) -> Tensor:
@@ -47,10 +48,14 @@ class ImageTokens(nn.Module, ABC):
         """Parameters that an optimizer must not decay."""
         return {"pos_embed"} | (set() if self.cls_token is None else {"cls_token"})
 
-    def forward(self, inputs: Tensor, mask: Tensor | None = None) -> tuple[Tensor, None]:
+    def forward(
+        self, inputs: Tensor, mask: Tensor | None = None, hide: Tensor | None = None
+    ) -> tuple[Tensor, None]:
         """Images (b, c, H, W) to embeddings (b, l, d); there is no padding, so no mask.
 
-        Raises ValueError for another number of channels, or an image too small for one cell.
+        hide (b, l) bool: cells that the mask token replaces, before positions are added; an adapter
+        built with `maskable` has one. Raises ValueError for another number of channels, an image
+        too small for one cell, or hide without a mask token.
         """
         if mask is not None:
             raise ValueError("mask was given; images of a batch have one size and need none")
@@ -59,7 +64,12 @@ class ImageTokens(nn.Module, ABC):
                 f"inputs has shape {tuple(inputs.shape)}, expected (b, {self.in_chans}, H, W)"
             )
         features = self.grid(inputs)
-        tokens = features.flatten(2).transpose(1, 2) + self._positions(features.shape[2:])
+        tokens = features.flatten(2).transpose(1, 2)
+        if hide is not None:
+            if self.mask_token is None:
+                raise ValueError("hide was given; build the adapter with maskable=True")
+            tokens = torch.where(hide[..., None], self.mask_token.to(tokens.dtype), tokens)
+        tokens = tokens + self._positions(features.shape[2:])
         if self.cls_token is not None:
             middle = tokens.shape[1] // 2
             token = self.cls_token.to(tokens.dtype).expand(len(tokens), -1, -1)
@@ -84,6 +94,8 @@ class PatchEmbedding(ImageTokens):
         stride: distance between patches; None: patch_size, so that they do not overlap.
         in_chans: channels of the image.
         class_token: a learned token in the middle of the sequence.
+        maskable: own a mask token, for pretraining: hidden patches are given back as pixels, each
+            patch with mean 0 and variance 1 (He et al. 2022, arXiv:2111.06377).
     """
 
     def __init__(
@@ -95,12 +107,27 @@ class PatchEmbedding(ImageTokens):
         stride: int | None = None,
         in_chans: int = 3,
         class_token: bool = False,
+        maskable: bool = False,
     ) -> None:
         self_stride = stride or patch_size
         grid_size = _patches(*to_2tuple(image_size), patch_size, self_stride)
         super().__init__(d_model, grid_size=grid_size, in_chans=in_chans, class_token=class_token)
         self.patch_size, self.stride = patch_size, self_stride
         self.proj = nn.Conv2d(in_chans, d_model, patch_size, stride=self.stride)
+        if maskable:
+            if class_token or self.stride < patch_size:
+                raise ValueError(
+                    f"maskable with class_token {class_token} and stride {self.stride}: hidden "
+                    f"patches need stride {patch_size}, patch_size, and no class token"
+                )
+            self.mask_token = nn.Parameter(torch.zeros(d_model))
+        self.target_size = in_chans * patch_size**2
+
+    def targets(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
+        """What each token gives back, (b, l, target_size): its patch's pixels, normalised."""
+        patches = F.unfold(inputs, self.patch_size, stride=self.stride).mT
+        variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
+        return (patches - mean) / (variance + 1e-6).sqrt()
 
     def grid(self, inputs: Tensor) -> Tensor:
         _patches(*inputs.shape[2:], self.patch_size, self.stride)

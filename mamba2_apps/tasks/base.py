@@ -220,8 +220,9 @@ class Task(LightningModule, ABC):
     def token_mask(self, outputs: Tensor, batch: dict[str, Any]) -> Tensor:
         """Which of the outputs (b, l, …) stand for data, (b, l) bool."""
         mask = batch.get("mask")
-        if hasattr(self.model, "token_mask"):
-            mask = self.model.token_mask(batch["inputs"], mask)  # type: ignore[operator]
+        model = self.part_of(batch)
+        if hasattr(model, "token_mask"):
+            mask = model.token_mask(batch["inputs"], mask)  # type: ignore[operator]
         if mask is None:
             return torch.ones(outputs.shape[:2], dtype=torch.bool, device=outputs.device)
         return mask
@@ -233,8 +234,12 @@ class Task(LightningModule, ABC):
         self.update_metrics(scores.metrics, outputs.detach(), batch)
         return loss
 
+    def part_of(self, batch: dict[str, Any]) -> nn.Module:
+        """The model that answers a batch: a task over several has several."""
+        return self.model
+
     def forward(self, batch: dict[str, Any]) -> Tensor:
-        return self.model(batch["inputs"], batch.get("mask"))
+        return self.part_of(batch)(batch["inputs"], batch.get("mask"))
 
     def embed(self, batch: dict[str, Any]) -> Tensor:
         """One vector (b, d) per input. Raises ValueError where the model has none."""

@@ -31,7 +31,7 @@ class Pretraining(Task):
     def prepare(self, batch: dict[str, Any], batch_idx: int, part: str) -> dict[str, Any]:
         batch = super().prepare(batch, batch_idx, part)
         inputs, mask = batch["inputs"], batch.get("mask")
-        targets = self.model.adapter.targets(inputs, mask)  # type: ignore[operator, union-attr]
+        targets = self.part_of(batch).adapter.targets(inputs, mask)  # type: ignore[operator, union-attr]
         weights = self.token_mask(targets, batch).float() * batch.get("weights", 1.0)
         return {**batch, "targets": targets, "weights": weights}
 
@@ -80,11 +80,12 @@ class MaskedReconstruction(Pretraining):
             raise ValueError(f"task.mask_ratio is {mask_ratio}, expected between 0 and 1")
         if mask_span < 1:
             raise ValueError(f"task.mask_span is {mask_span}, expected at least 1")
-        if not hasattr(getattr(model, "adapter", None), "targets"):
-            raise ValueError(
-                f"{type(model).__name__} has no adapter with targets to give back; use an adapter "
-                "that takes maskable=True"
-            )
+        for part in getattr(model, "parts", {"": model}).values():
+            if not hasattr(getattr(part, "adapter", None), "targets"):
+                raise ValueError(
+                    f"{type(part).__name__} has no adapter with targets to give back; use an "
+                    "adapter that takes maskable=True"
+                )
         super().__init__(model, labels, optimizer)
         self.mask_ratio, self.mask_span = mask_ratio, mask_span
 
@@ -97,7 +98,7 @@ class MaskedReconstruction(Pretraining):
         return {**batch, "hide": hide, "weights": batch["weights"] * hide}
 
     def forward(self, batch: dict[str, Any]) -> Tensor:
-        return self.model(batch["inputs"], batch.get("mask"), batch.get("hide"))
+        return self.part_of(batch)(batch["inputs"], batch.get("mask"), batch.get("hide"))
 
     def predictions(self, outputs: Tensor, batch: dict[str, Any]) -> list[dict[str, Any]]:
         raise ValueError(

@@ -1,0 +1,1 @@
+"""Several domains at once: one backbone behind an adapter and a head for each."""
