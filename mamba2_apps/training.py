@@ -30,6 +30,7 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.profilers import PyTorchProfiler
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
@@ -56,6 +57,8 @@ class TrainerConfig:
         parallel: how several devices share the work: ddp, each with the whole model; fsdp2, each
             with a part of every weight; null for one device.
         compile: compile the model by torch.compile.
+        profile_steps: batches to profile, after ten that warm up: a trace for a trace viewer in the
+            RUN's folder profile; null: none.
         gradient_clip: largest gradient norm; null does not clip.
         accumulate_batches: batches per optimizer step.
         ema_decay: decay of an exponential moving average of the weights, which is then what is
@@ -75,6 +78,7 @@ class TrainerConfig:
     num_nodes: int = 1
     parallel: Literal["ddp", "fsdp2"] | None = None
     compile: bool = False
+    profile_steps: int | None = None
     gradient_clip: float | None = 1.0
     accumulate_batches: int = 1
     ema_decay: float | None = None
@@ -99,6 +103,10 @@ class TrainerConfig:
             raise ValueError(
                 f"trainer.ema_decay is {self.ema_decay}; a running average of sharded weights is "
                 "not supported: set it to null, or trainer.parallel to ddp"
+            )
+        if self.profile_steps is not None and self.profile_steps < 1:
+            raise ValueError(
+                f"trainer.profile_steps is {self.profile_steps}, expected at least 1, or null"
             )
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"trainer.ema_decay is {self.ema_decay}, expected 0 to 1, or null")
@@ -150,6 +158,7 @@ def build_trainer(
         deterministic=config.deterministic,
         callbacks=callbacks,
         logger=logger,
+        profiler=_profiler(config, run),
         plugins=[SyncedCheckpointIO()],
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
@@ -157,6 +166,13 @@ def build_trainer(
         enable_model_summary=False,
         default_root_dir=run,
     )
+
+
+def _profiler(config: TrainerConfig, run: Path) -> PyTorchProfiler | None:
+    if config.profile_steps is None:
+        return None
+    schedule = torch.profiler.schedule(wait=5, warmup=5, active=config.profile_steps, repeat=1)
+    return PyTorchProfiler(dirpath=run / "profile", filename="summary", schedule=schedule)
 
 
 def _strategy(config: TrainerConfig) -> Strategy | str:

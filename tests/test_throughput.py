@@ -54,3 +54,19 @@ def test_training_reports_its_rates(tmp_path, monkeypatch, capsys):
 @pytest.mark.gpu
 def test_the_gpu_is_known():
     assert peak_flops(torch.device("cuda:0"))
+
+
+def test_a_profile_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(Digits, "baselines", lambda self: {})
+    options = ["--trainer.max_epochs=1", "--optimizer.warmup_epochs=0", "--trainer.accelerator=cpu"]
+    options += ["--model.backbone.n_layer=1", "--model.backbone.d_model=16"]
+    options += [
+        "--model.backbone.headdim=16",
+        "--trainer.profile_steps=2",
+        "--optimizer.fused=true",
+    ]
+    runs.train(catalog.find("vision/digits"), tmp_path / "run", options)
+    traces = list((tmp_path / "run" / "profile").glob("*.json"))
+    assert len(traces) == 1
+    events = json.loads(traces[0].read_text())["traceEvents"]
+    assert any("run_training_batch" in str(event.get("name")) for event in events)

@@ -36,6 +36,7 @@ class OptimizerConfig:
         betas: decay rates of the running mean and of the running square of the gradient.
         warmup_epochs: epochs, fractions too, over which the rate rises from 0.
         min_lr_ratio: last rate as a fraction of `lr`.
+        fused: update all weights in one kernel, for torch's own optimizers on a GPU.
         layer_decay: each block learns at this times the rate of the block above it, the head at
             `lr`, the adapter slowest (Clark et al. 2020); null: all at `lr`.
     """
@@ -46,6 +47,7 @@ class OptimizerConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     warmup_epochs: float = 1.0
     min_lr_ratio: float = 0.01
+    fused: bool = False
     layer_decay: float | None = None
 
     def __post_init__(self) -> None:
@@ -286,6 +288,7 @@ class Task(LightningModule, ABC):
             opt=config.name,
             lr=config.lr,
             betas=config.betas,
+            **({"fused": True} if config.fused else {}),
         )
         epochs = self.trainer.max_epochs or 1
         if config.warmup_epochs >= epochs:
