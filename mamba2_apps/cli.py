@@ -130,6 +130,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     predict.add_argument("--batch-size", type=int, default=64)
     predict.add_argument(
+        "--top-k", type=int, metavar="K", help="of a classifier's labels only the K likeliest"
+    )
+    predict.add_argument(
         "--device", help="such as cpu or cuda:0 (default: a GPU where there is one)"
     )
 
@@ -264,6 +267,8 @@ def _predict(arguments: argparse.Namespace) -> int:
     words = list(arguments.overrides)
     if arguments.stream and arguments.format is not None:
         words.append(f"--format={arguments.format}")
+    if arguments.top_k is not None:
+        words.append(f"--top-k={arguments.top_k}")
     answers = answerer(model.task, **_options_of(answerer, words))
     if arguments.output is not None and arguments.output.suffix in model.preprocessing.suffixes:
         for _ in answers:
@@ -288,6 +293,8 @@ def _predict_batches(model: Any, arguments: argparse.Namespace) -> int:
     items = model.find(arguments.inputs, report)
     inputs = len(items) + unreadable
     answers = model.iterate(items, batch_size=arguments.batch_size, on_error=report)
+    if arguments.top_k is not None:
+        answers = (_likeliest(answer, arguments.top_k) for answer in answers)
     layout = _layout(arguments)
     with _output(arguments.output) as file:
         _write_answers(answers, file, layout)
@@ -370,6 +377,17 @@ def _layout(arguments: argparse.Namespace) -> str:
     return arguments.format or ("jsonl" if suffix in (".jsonl", ".json") else "csv")
 
 
+def _likeliest(answer: dict[str, Any], count: int) -> dict[str, Any]:
+    """A classifier's answer with its `count` likeliest labels, in order, in place of all."""
+    if count < 1 or "probabilities" not in answer:
+        raise ValueError(
+            f"--top-k is {count}, expected at least 1, with a run that gives probabilities"
+        )
+    ranked = sorted(answer["probabilities"].items(), key=lambda pair: -pair[1])[:count]
+    rest = {key: value for key, value in answer.items() if key != "probabilities"}
+    return rest | {"top": [{"label": name, "probability": share} for name, share in ranked]}
+
+
 def _write_answers(answers: Iterable[dict[str, Any]], file: TextIO, layout: str) -> None:
     """JSON lines, or CSV whose columns spell nested names with a dot; a line per answer."""
     if layout == "jsonl":
@@ -388,6 +406,8 @@ def _write_answers(answers: Iterable[dict[str, Any]], file: TextIO, layout: str)
 
 def _flat(answer: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in answer.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            value = {str(rank): item for rank, item in enumerate(value, 1)}
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{key}.")
         else:

@@ -10,7 +10,7 @@ from PIL import Image
 from torch._utils import ExceptionWrapper
 
 import mamba2_apps
-from mamba2_apps import catalog, runs
+from mamba2_apps import catalog, cli, runs
 from mamba2_apps.data import UnreadableInput
 from mamba2_apps.vision.augmentation import erase, shift_and_flip
 from mamba2_apps.vision.data import ImageFolder, PhotoAugmentation, TimmImages
@@ -252,6 +252,22 @@ def test_a_folder_of_photos_becomes_a_run_that_answers(trained):
     answers = mamba2_apps.load(run, "cpu").predict([str(folder / "dark")])
     assert len(answers) == 10
     assert set(answers[0]["probabilities"]) == set(CLASSES)
+
+
+def test_predict_keeps_the_likeliest_labels(trained, capsys):
+    folder, run, _ = trained
+    words = ["predict", str(run), str(folder / "dark" / "0.png"), "--device=cpu", "--top-k=2"]
+    assert cli.main([*words, "--format=jsonl"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["top"][0]["label"] == answer["label"]
+    assert len(answer["top"]) == 2
+    assert "probabilities" not in answer
+    assert cli.main(words) == 0
+    header, row = capsys.readouterr().out.splitlines()
+    assert header.endswith("top.1.label,top.1.probability,top.2.label,top.2.probability")
+    assert row.split(",")[3] == answer["label"]
+    assert cli.main([*words, "--top-k=0"]) == 2
+    assert "--top-k is 0, expected at least 1" in capsys.readouterr().err
 
 
 def test_a_linear_probe_keeps_the_features_and_another_size_resamples_positions(trained, tmp_path):

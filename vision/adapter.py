@@ -5,6 +5,7 @@ token) · d_model d
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -110,7 +111,7 @@ class PatchEmbedding(ImageTokens):
         maskable: bool = False,
     ) -> None:
         self_stride = stride or patch_size
-        grid_size = _patches(*to_2tuple(image_size), patch_size, self_stride)
+        grid_size = _patches(to_2tuple(image_size), patch_size, self_stride)
         super().__init__(d_model, grid_size=grid_size, in_chans=in_chans, class_token=class_token)
         self.patch_size, self.stride = patch_size, self_stride
         self.proj = nn.Conv2d(in_chans, d_model, patch_size, stride=self.stride)
@@ -130,7 +131,7 @@ class PatchEmbedding(ImageTokens):
         return (patches - mean) / (variance + 1e-6).sqrt()
 
     def grid(self, inputs: Tensor) -> Tensor:
-        _patches(*inputs.shape[2:], self.patch_size, self.stride)
+        _patches(inputs.shape[2:], self.patch_size, self.stride)
         return self.proj(inputs)
 
 
@@ -178,8 +179,8 @@ class ConvStem(ImageTokens):
             before = channels
         # Channels last, which tensor cores read as it is, and which leaves tokens in rows. It is
         # the weights that decide: an image of one channel has both layouts at once.
-        self.stages = nn.Sequential(*stages).to(memory_format=torch.channels_last)
-        self.proj = nn.Conv2d(before, d_model, 1).to(memory_format=torch.channels_last)
+        self.stages, self.proj = nn.Sequential(*stages), nn.Conv2d(before, d_model, 1)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def grid(self, inputs: Tensor) -> Tensor:
         return self.proj(self.stages(inputs))
@@ -191,7 +192,7 @@ class _Residual(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.first, self.second = _conv(channels, channels), _conv(channels, channels)
-        nn.init.zeros_(self.second[1].weight)  # the block starts as the identity
+        nn.init.zeros_(self.second[1].weight)  # type: ignore[arg-type]  # the block starts as the identity
 
     def forward(self, x: Tensor) -> Tensor:
         return F.gelu(x + self.second(F.gelu(self.first(x))))
@@ -202,8 +203,9 @@ def _conv(before: int, channels: int, stride: int = 1) -> nn.Sequential:
     return nn.Sequential(conv, nn.BatchNorm2d(channels))
 
 
-def _patches(height: int, width: int, patch_size: int, stride: int) -> tuple[int, int]:
+def _patches(size: Sequence[int], patch_size: int, stride: int) -> tuple[int, int]:
     """Rows and columns of patches. Raises ValueError for an image smaller than a patch."""
+    height, width = size
     if min(height, width) < patch_size:
         raise ValueError(
             f"an image of {height} x {width} pixels is smaller than a patch, {patch_size}; resize "

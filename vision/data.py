@@ -490,7 +490,7 @@ class TimmImages(PhotoData):
         train_split, val_split, test_split = self.splits
         train, targets = self._read(train_split)
         self.labels = _labels_of(train, targets)
-        everything = np.arange(len(targets))
+        everything: list[int] = list(range(len(targets)))
         if val_split is None:
             (fit, fit_targets), (held, held_targets), _ = held_out(everything, targets, 0.1, 0.0)
             val, fetch_val = (held, held_targets), _Fetch(train)
@@ -557,7 +557,10 @@ def held_out(
             )
         parts.append(held)
     test, val = parts
-    return [([sources[i] for i in p], [int(targets[i]) for i in p]) for p in (fit, val, test)]
+    return [
+        ([sources[i] for i in part.tolist()], [int(targets[i]) for i in part.tolist()])
+        for part in (fit, val, test)
+    ]
 
 
 def _path_itself(path: str) -> tuple[str, str]:

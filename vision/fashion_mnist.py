@@ -4,14 +4,15 @@ Dimensions: batch b · channels c · height H · width W
 """
 
 import gzip
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from sklearn.model_selection import train_test_split
-from torch.utils.data import BatchSampler, DataLoader
+from torch.utils.data import DataLoader, Dataset, Sampler
 
-from mamba2_apps.data import Sample
+from mamba2_apps.data import EpochSampler, Sample
 from mamba2_apps.vision.augmentation import erase, shift_and_flip
 from mamba2_apps.vision.data import ImageData, ImagePreprocessing, TensorImages
 
@@ -93,10 +94,9 @@ class FashionMNIST(ImageData):
     def train_dataloader(self) -> DataLoader[Sample]:
         """Whole batches, taken out of memory by one index: a loader of samples would take longer
         to stack them than a GPU to learn from them."""
-        batches = _EpochBatches(self.epoch_sampler(), self.batch_size, drop_last=True)
         return DataLoader(
-            _Batches(self.train_set),
-            sampler=batches,
+            _Batches(self.train_set),  # type: ignore[arg-type]
+            sampler=_EpochBatches(self.epoch_sampler(), self.batch_size),
             batch_size=None,
             generator=torch.Generator().manual_seed(self.seed),
         )
@@ -136,13 +136,26 @@ class FashionMNIST(ImageData):
         )
 
 
-class _EpochBatches(BatchSampler):
+class _EpochBatches(Sampler[list[tuple[int, int]]]):
+    """An epoch's (epoch, index) keys in batches; a last, smaller one is left out."""
+
+    def __init__(self, order: EpochSampler, batch_size: int) -> None:
+        self.order, self.batch_size = order, batch_size
+
     def set_epoch(self, epoch: int) -> None:
         """Called by Lightning before each epoch."""
-        self.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
+        self.order.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        keys = list(self.order)
+        for start in range(0, len(keys) - self.batch_size + 1, self.batch_size):
+            yield keys[start : start + self.batch_size]
+
+    def __len__(self) -> int:
+        return len(self.order) // self.batch_size
 
 
-class _Batches:
+class _Batches(Dataset[Sample]):
     """A TensorImages that is asked for a batch of (epoch, index) keys at once."""
 
     def __init__(self, images: TensorImages) -> None:

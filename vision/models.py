@@ -145,7 +145,7 @@ class PatchEmbed(nn.Module):
             ).train(old.training)
             with torch.no_grad():
                 new.weight.copy_(resample_patch_embed(old.weight, list(size)))
-                new.bias.copy_(old.bias)
+                new.bias.copy_(old.bias)  # type: ignore[union-attr, arg-type]
             for ours, before in zip(new.parameters(), old.parameters(), strict=True):
                 ours.requires_grad_(before.requires_grad)
             self.proj, self.patch_size, self.stride = new, size, stride
@@ -434,7 +434,7 @@ class BiMamba2(nn.Module):
         chosen, last = feature_take_indices(len(self.backbone.layers), indices)
         self.backbone.layers = self.backbone.layers[: last + 1]
         if prune_norm:
-            self.backbone.norm_f = nn.Identity()
+            self.backbone.norm_f = nn.Identity()  # type: ignore[assignment]
         if prune_head:
             self.reset_classifier(0, "")
         return chosen
