@@ -85,12 +85,7 @@ def decode_orfs(
 
     Raises ValueError where labels of codon places are missing.
     """
-    missing = [name for name in CODON_LABELS if name not in labels]
-    if missing:
-        raise ValueError(
-            f"open reading frames need the labels {', '.join(CODON_LABELS)} (targets: codon); "
-            f"this model has {', '.join(labels)}"
-        )
+    check_codon_labels(labels)
     found = []
     for strand, text in (("+", sequence), ("-", reverse_complement(sequence))):
         columns = [labels.index(f"codon{place}{strand}") for place in (1, 2, 3)]
@@ -108,6 +103,15 @@ def decode_orfs(
                 if gains[best] > threshold:
                     found.append(_feature(contig, offset, len(text), strand, starts[best], end))
     return sorted(found, key=lambda f: f.start)
+
+
+def check_codon_labels(labels: Sequence[str]) -> None:
+    """Raises ValueError unless there is a label for each codon place of both strands."""
+    if not set(CODON_LABELS) <= set(labels):
+        raise ValueError(
+            f"open reading frames need the labels {', '.join(CODON_LABELS)} (targets: codon); "
+            f"this model has {', '.join(labels)}"
+        )
 
 
 def _feature(contig: str, offset: int, length: int, strand: str, start: int, end: int) -> Feature:

@@ -32,7 +32,7 @@ from mamba2_apps.files import replacing, write_json
 from mamba2_apps.genomics.annotations import write_bed
 from mamba2_apps.genomics.fasta import Genome, MemoryGenome
 from mamba2_apps.genomics.intervals import Feature, parse_region
-from mamba2_apps.genomics.orfs import decode_orfs
+from mamba2_apps.genomics.orfs import check_codon_labels, decode_orfs
 from mamba2_apps.genomics.preprocessing import DNAPreprocessing, open_sequences
 from mamba2_apps.genomics.tracks import BEDGRAPH_SUFFIXES, BIGWIG_SUFFIXES, TrackWriter
 from mamba2_apps.tasks import (
@@ -278,13 +278,15 @@ def answerer(
                 "direction begins at the end; leave out --stream to scan in overlapping windows"
             )
         columns = _columns(scan.labels, label)
+        suffix = "" if output is None else output.suffix.lower()
+        is_track = suffix in (*BEDGRAPH_SUFFIXES, *BIGWIG_SUFFIXES)
+        _check_answers(scan, decode, is_track)
         with _parts_folder(output) as folder:
             parts = Parts(folder, _fingerprint(scan, sources[0]), scan)
             parts.compute()
             _report(scan)
             rows = _orfs(parts, genome) if decode else _segments(parts, columns, threshold)
-            suffix = "" if output is None else output.suffix.lower()
-            if output is not None and suffix in (*BEDGRAPH_SUFFIXES, *BIGWIG_SUFFIXES):
+            if output is not None and is_track:
                 _write_tracks(parts, columns, output)
             elif output is not None and suffix == ".bed":
                 with replacing(output) as partial, partial.open("w", encoding="utf-8") as file:
@@ -402,6 +404,16 @@ def _report(scan: Scan) -> None:
         )
 
 
+def _check_answers(scan: Scan, decode: str | None, is_track: bool) -> None:
+    """Raises ValueError, before anything is computed, for what the output cannot hold."""
+    if decode is not None:
+        check_codon_labels(scan.labels)
+        if is_track:
+            raise ValueError("--decode=orfs gives genes, which no track holds; write .bed")
+    elif not is_track and not isinstance(scan.task, TokenClassification | TokenMultiLabel):
+        raise ValueError("a track of values has no segments; write .bedgraph or .bw")
+
+
 def _columns(labels: list[str], wanted: list[str] | None) -> dict[str, int]:
     unknown = [name for name in wanted or [] if name not in labels]
     if unknown:
@@ -429,8 +441,6 @@ def _write_tracks(parts: Parts, columns: dict[str, int], output: Path) -> None:
 def _segments(parts: Parts, columns: dict[str, int], threshold: float) -> Iterator[Feature]:
     """Runs of bases with a label, across pieces; the score is the mean probability × 1000."""
     one_class = isinstance(parts.scan.task, TokenClassification)
-    if not one_class and not isinstance(parts.scan.task, TokenMultiLabel):
-        raise ValueError("a track of values has no segments for BED; write .bedgraph or .bw")
     runs: dict[str, tuple[str, int, int, float]] = {}
     for piece in parts:
         chosen = piece.values.argmax(1) if one_class else None

@@ -209,3 +209,14 @@ def test_places_count_from_the_first_data():
     torch.testing.assert_close(padded, embed(ids[:, 3:])[0][0])
     with pytest.raises(ValueError, match="knows 8 places"):
         embed(torch.zeros(1, 9, dtype=torch.int64))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_other_strand_gives_the_same_answer_on_a_gpu(packed):
+    net = model("token", strands="equivariant", strand_pairs=PAIRS, strand_mixing=True,
+                packed=packed).cuda()  # fmt: skip
+    ids, other, mask = rows([400, 129, 1], 402, left=2)
+    ours, theirs = (net(x.cuda(), mask.cuda()).cpu() for x in (ids, other))
+    expected = swapped(reversed_data(theirs, mask), "token")
+    assert (ours - expected)[mask].abs().max() < 1e-5

@@ -184,6 +184,7 @@ def test_bed_holds_the_called_segments(both, causal, fasta, tmp_path, capsys):
 def test_impossible_scans_are_refused(both, fasta, tmp_path, options, words):
     with pytest.raises(ValueError, match=words):
         run_answerer(both, [str(fasta)], tmp_path / "o.bed", **options)
+    assert [path.name for path in tmp_path.iterdir()] == ["g.fa"]
 
 
 def test_a_stream_of_both_strands_is_refused(fasta, tmp_path):
