@@ -94,10 +94,13 @@ def help_text(path: Path) -> str:
 
 def _documented(owner: type, values: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any, str]]:
     """Key, value and documentation of all that a class and the parts in it are built from."""
-    texts = {
-        p.arg_name: p.description or "" for p in docstring_parser.parse_from_object(owner).params
-    }
-    hints = get_type_hints(owner if is_dataclass(owner) else owner.__init__)  # type: ignore[misc]
+    texts: dict[str, str] = {}
+    hints: dict[str, Any] = {}
+    for part in reversed(owner.__mro__):  # options may be handed on to a base, which documents them
+        if part.__module__.startswith("mamba2_apps"):
+            params = docstring_parser.parse_from_object(part).params
+            texts |= {param.arg_name: param.description or "" for param in params}
+            hints |= get_type_hints(part if is_dataclass(part) else part.__init__)  # type: ignore[misc]
     for name, value in values.items():
         if isinstance(value, dict) and "class_path" in value:
             yield f"{prefix}{name}", value["class_path"], texts.get(name, "")
