@@ -300,8 +300,9 @@ class PhotoData(ImageData):
     Args:
         img_size: height and width of what the model sees.
         channels: 1 for grey levels, 3 for RGB.
-        mean: value per channel, on the scale 0 to 1, that becomes 0.
-        std: standard deviation per channel, which becomes 1.
+        mean: value per channel, on the scale 0 to 1, that becomes 0; null: ImageNet's for RGB, 0.5
+            for grey.
+        std: standard deviation per channel, which becomes 1; null: as mean.
         crop_pct: for validation and prediction, the crop's share of the resized shorter side.
         interpolation: of resizing, bilinear or bicubic.
         min_side: an image with a shorter side in pixels is refused.
