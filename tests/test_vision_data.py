@@ -141,6 +141,9 @@ def test_archives_are_read_by_timm(tmp_path):
     assert list(folder.class_of_samples()) == list(from_tar.class_of_samples())
     for one, other in zip(from_tar.val_set, folder.val_set, strict=True):
         assert torch.equal(one["inputs"], other["inputs"])
+    photos(tmp_path / "other", classes=["dark", "neon", "light"])
+    with pytest.raises(ValueError, match="part other has other classes than the training part"):
+        TimmImages(reader="", root=str(tmp_path), val_split="other", img_size=16).setup("fit")
     with pytest.raises(ValueError, match=r"absent.train does not exist"):
         TimmImages(reader="", root=str(tmp_path / "absent")).setup("fit")
 
@@ -223,6 +226,11 @@ def test_fashion_mnist_reads_its_files_and_batches_repeat(clothes, tmp_path):
     assert len(first) == 4
     assert first[0]["inputs"].shape == (32, 1, 28, 28)
     assert all(torch.equal(a["inputs"], b["inputs"]) for a, b in zip(first, again, strict=True))
+    resumed = FashionMNIST(folder=str(clothes), batch_size=32, val_images=50)
+    resumed.setup("fit")
+    resumed.load_state_dict({"epoch": 0, "samples_done": 64})
+    rest = list(resumed.train_dataloader())
+    assert all(torch.equal(a["inputs"], b["inputs"]) for a, b in zip(first[2:], rest, strict=True))
     with pytest.raises(ValueError, match=r"has no train-images-idx3-ubyte.gz; give --data.folder"):
         FashionMNIST(folder=str(tmp_path)).setup("fit")
 
@@ -268,6 +276,18 @@ def test_predict_keeps_the_likeliest_labels(trained, capsys):
     assert row.split(",")[3] == answer["label"]
     assert cli.main([*words, "--top-k=0"]) == 2
     assert "--top-k is 0, expected at least 1" in capsys.readouterr().err
+
+
+def test_a_fashion_mnist_run_trains_and_shows_its_mistakes(clothes, tmp_path):
+    words = [f"--data.folder={clothes}", "--data.batch_size=32", "--data.val_images=50"]
+    words += ["--data.mixup=0.2", "--model.adapter.widths=[8,16]", "--model.backbone.n_layer=1"]
+    words += ["--model.backbone.d_model=32", "--model.backbone.headdim=16"]
+    words += ["--trainer.max_epochs=1", "--optimizer.warmup_epochs=0.5", "--trainer.precision=fp32"]
+    metrics = runs.train(catalog.find("vision/fashion-mnist"), tmp_path / "run", words)
+    assert metrics["parameters"] < 7_000_000
+    for name in ("mistakes.png", "saliency.png"):
+        width, height = Image.open(tmp_path / "run" / name).size
+        assert min(width, height) > 100
 
 
 def test_a_linear_probe_keeps_the_features_and_another_size_resamples_positions(trained, tmp_path):

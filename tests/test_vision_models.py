@@ -247,6 +247,25 @@ def test_scripting_leaves_the_model_as_it_was():
     assert len(model.forward_intermediates(images, intermediates_only=True)) == 2
 
 
+@pytest.mark.parametrize("options", [{"drop_path_rate": 0.2}, {"dynamic_img_pad": True}])
+def test_a_training_step_compiles_into_one_graph(options):
+    torch._dynamo.reset()
+    model = small(class_token=True, global_pool="token", **options).train()
+    model.set_grad_checkpointing()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled(torch.randn(2, 3, 32, 32)).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_a_model_in_bfloat16_answers_in_bfloat16_near_float32():
+    model = small()
+    images = torch.randn(2, 3, 32, 32)
+    expected = model(images)
+    found = model.bfloat16()(images.bfloat16())
+    assert found.dtype == torch.bfloat16
+    assert (found.float() - expected).norm() / expected.norm() < 0.05
+
+
 @pytest.mark.gpu
 def test_cpu_and_gpu_agree():
     torch.manual_seed(0)
