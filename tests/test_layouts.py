@@ -285,9 +285,7 @@ def test_generate_on_the_command_line(tmp_path, capsys):
     prompt = torch.tensor([ids])
     tokens = torch.stack(list(model.generate(prompt, 9)), 1)[0].tolist()
     assert text == f"abc{tokenizer.decode(ids + tokens)[len(tokenizer.decode(ids)) :]}\n"
-    assert (
-        "".join(text_pieces(tokenizer, ids, model.generate(prompt, 9))) == text[3:-1]
-    )
+    assert "".join(text_pieces(tokenizer, ids, model.generate(prompt, 9))) == text[3:-1]
     assert cli.main([*words, "--temperature=1", "--seed=1"]) == 0
     assert cli.main(["generate", str(tmp_path), "--prompt=a"]) == 2
     (folder / "tokenizer.json").unlink()
