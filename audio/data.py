@@ -167,6 +167,7 @@ class AudioData(DataModule):
         self.data_report = report
         if stage == "fit":
             print("\n".join(["data:", *(f"  {row}" for row in report.lines())]), file=sys.stderr)
+        self._seconds = {c: s.seconds for c, s in zip(clips, sounds, strict=True)}
         keep = report.seconds <= 60 * self.keep_minutes
         self.train_set, self.val_set, self.test_set = (
             self._dataset([clips[i] for i in parts[part]], part, keep) for part in PARTS
@@ -375,6 +376,7 @@ class AudioData(DataModule):
         crop = None if self.crop_seconds is None else round(self.crop_seconds * self.sample_rate)
         return ClipDataset(
             clips,
+            [self._seconds[clip] for clip in clips],
             self.preprocessing,
             None if self.targets == "none" else self._encode,
             crop=crop if part == "train" else None,

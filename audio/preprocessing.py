@@ -4,7 +4,7 @@ Dimensions: batch b · channels c · samples n · frames t · classes k
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -123,23 +123,26 @@ class ClipDataset(Dataset[Sample]):
 
     Args:
         clips: to decode.
+        seconds: how long each is.
         preprocessing: what is done to them.
         encode: gives the targets of a clip of that many samples; None: there are none.
-        crop: training on random parts of this many samples; None: on whole clips.
+        crop: training on random parts of this many samples; None: on whole clips. Where clips are
+            not kept, only the part is decoded, and `level` is that of the part.
         keep: keep decoded clips in memory.
     """
 
     def __init__(
         self,
         clips: Sequence[Clip],
+        seconds: Sequence[float],
         preprocessing: AudioPreprocessing,
         encode: Callable[[Clip, int], Tensor] | None,
         *,
         crop: int | None = None,
         keep: bool = False,
     ) -> None:
-        self.clips, self.preprocessing, self.encode = list(clips), preprocessing, encode
-        self.crop = crop
+        self.clips, self.seconds = list(clips), list(seconds)
+        self.preprocessing, self.encode, self.crop = preprocessing, encode, crop
         self.kept: dict[int, Tensor] | None = {} if keep else None
 
     def samples(self, index: int) -> Tensor:
@@ -151,24 +154,31 @@ class ClipDataset(Dataset[Sample]):
         return self.kept[index]
 
     def __getitem__(self, index: int) -> Sample:
-        samples = self.samples(index)
-        sample: Sample = {"inputs": samples}
+        total = round(self.seconds[index] * self.preprocessing.sample_rate)
+        if self.crop is not None and total > self.crop:
+            return self._part(index, total, self.crop)
+        sample: Sample = {"inputs": self.samples(index)}
         if self.encode is not None:
-            sample["targets"] = self.encode(self.clips[index], len(samples))
-        if self.crop is not None and len(samples) > self.crop:
-            sample = self._cropped(sample, int(torch.randint(len(samples) - self.crop + 1, ())))
+            sample["targets"] = self.encode(self.clips[index], len(sample["inputs"]))
         return sample
 
-    def _cropped(self, sample: Sample, start: int) -> Sample:
-        assert self.crop is not None
-        cropped = {**sample, "inputs": sample["inputs"][start : start + self.crop]}
-        if "targets" in sample and sample["targets"].ndim == 2:
-            hop = round(FRAME_SECONDS * self.preprocessing.sample_rate)
-            first = start // hop
-            cropped["inputs"] = sample["inputs"][first * hop : first * hop + self.crop]
-            frames = -(-self.crop // hop)
-            cropped["targets"] = sample["targets"][first : first + frames]
-        return cropped
+    def _part(self, index: int, total: int, length: int) -> Sample:
+        """A random part of a clip of `total` samples, which begins with a frame of the targets."""
+        hop = round(FRAME_SECONDS * self.preprocessing.sample_rate)
+        first = int(torch.randint((total - length) // hop + 1, ()))
+        clip = self.clips[index]
+        if self.kept is None:
+            start = clip.start + first * FRAME_SECONDS
+            end = start + length / self.preprocessing.sample_rate
+            samples = self.preprocessing(replace(clip, start=start, end=end))
+        else:
+            samples = self.samples(index)[first * hop :]
+        sample: Sample = {"inputs": samples[:length]}
+        if self.encode is not None:
+            targets = self.encode(clip, total)
+            frames = slice(first, first - (-length // hop))
+            sample["targets"] = targets[frames] if targets.ndim == 2 else targets
+        return sample
 
     def __len__(self) -> int:
         return len(self.clips)

@@ -215,6 +215,34 @@ def test_parts_of_files_and_rows_of_a_table_are_chosen(tmp_path):
             read_table(table, "label", columns=columns)
 
 
+def test_a_part_that_is_decoded_alone_is_that_of_the_whole(tmp_path):
+    lines = ["path,label,start,end"]
+    for number in range(8):
+        write(tmp_path / f"{number}.wav", seconds=2.0)
+        lines.append(f"{number}.wav,knock,0.5,0.75")
+    (tmp_path / "t.csv").write_text("\n".join(lines) + "\n")
+    kept, alone = (
+        AudioData(
+            source=str(tmp_path / "t.csv"), targets="events", crop_seconds=0.505, keep_minutes=keep
+        )
+        for keep in (60.0, 0.0)
+    )
+    kept.setup("test")
+    alone.setup("test")
+    starts = set()
+    for seed in range(5):
+        torch.manual_seed(seed)
+        expected = kept.train_set[0]
+        torch.manual_seed(seed)
+        found = alone.train_set[0]
+        assert torch.equal(found["inputs"], expected["inputs"])
+        assert torch.equal(found["targets"], expected["targets"])
+        assert found["inputs"].shape == (8080,)
+        assert found["targets"].shape == (51, 1)
+        starts.add(float(found["inputs"][0]))
+    assert len(starts) > 1
+
+
 def test_inputs_besides_files_are_taken_or_named(tmp_path):
     preprocessing = AudioPreprocessing(sample_rate=RATE, level="peak")
     found = preprocessing(np.full((2, 10), 0.25, dtype=np.float32))
