@@ -2,6 +2,7 @@
 
 import json
 import tarfile
+from io import BytesIO
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from mamba2_apps.data import UnreadableInput
 from mamba2_apps.vision.augmentation import erase, shift_and_flip
 from mamba2_apps.vision.data import ImageFolder, PhotoAugmentation, TimmImages
 from mamba2_apps.vision.fashion_mnist import LABELS, FashionMNIST
+from mamba2_apps.vision.shards import ShardedImages
 
 CLASSES = ("dark", "grey", "light")
 PLAIN = PhotoAugmentation(scale=(1.0, 1.0), hflip=0, color_jitter=0, auto_augment=None, erase=0)
@@ -146,6 +148,52 @@ def test_archives_are_read_by_timm(tmp_path):
         TimmImages(reader="", root=str(tmp_path), val_split="other", img_size=16).setup("fit")
     with pytest.raises(ValueError, match=r"absent.train does not exist"):
         TimmImages(reader="", root=str(tmp_path / "absent")).setup("fit")
+
+
+def shard(path, samples):
+    """A webdataset shard of (key, class) pairs, their images grey levels."""
+    with tarfile.open(path, "w") as archive:
+        for key, target in samples:
+            image = BytesIO()
+            Image.new("RGB", (24, 24), (60 * target,) * 3).save(image, "PNG")
+            for suffix, content in (("png", image.getvalue()), ("cls", str(target).encode())):
+                member = tarfile.TarInfo(f"{key}.{suffix}")
+                member.size = len(content)
+                archive.addfile(member, BytesIO(content))
+
+
+def test_shards_are_read_in_any_order(tmp_path):
+    for number in range(3):
+        shard(tmp_path / f"train-{number}.tar", [(f"{number}{i}", i % 3) for i in range(10)])
+    (tmp_path / "classes.txt").write_text("dark\ngrey\nlight\n")
+    data = ShardedImages(folder=str(tmp_path), img_size=16, mean=[0.0] * 3, std=[1.0] * 3)
+    data.setup("fit")
+    assert data.labels == list(CLASSES)
+    assert (len(data.train_set), len(data.val_set)) == (27, 3)
+    assert data.test_set.sources == data.val_set.sources
+    for sample in data.val_set:
+        level = torch.full((3, 16, 16), 60 * sample["targets"] / 255)
+        torch.testing.assert_close(sample["inputs"], level, atol=1e-4, rtol=0)
+    shard(tmp_path / "val-0.tar", [("x", 3)])
+    with pytest.raises(ValueError, match=r"val-0.tar: x.png is of class 3, which no shard"):
+        ShardedImages(folder=str(tmp_path), val_shards="val-*.tar").setup("fit")
+    with pytest.raises(ValueError, match=r"holds no test-\*\.tar"):
+        ShardedImages(folder=str(tmp_path), test_shards="test-*.tar").setup("fit")
+
+
+def test_broken_shards_are_named(tmp_path):
+    path = tmp_path / "train-0.tar"
+    shard(path, [(str(i), i % 2) for i in range(40)])
+    whole = path.read_bytes()
+    path.write_bytes(whole[:3000])
+    with pytest.raises(ValueError, match=r"train-0.tar is damaged|train-0.tar: .* has no"):
+        ShardedImages(folder=str(tmp_path)).setup("fit")
+    path.write_bytes(whole.replace(b"IHDR", b"XXXX", 1))
+    data = ShardedImages(folder=str(tmp_path))
+    data.setup("fit")
+    loaders = (data.train_dataloader(), data.val_dataloader())
+    with pytest.raises(UnreadableInput, match=r"train-0.tar: 0.png: not a readable image"):
+        [list(loader) for loader in loaders]
 
 
 def test_balanced_sampling_draws_rare_classes_as_often(tmp_path):

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,11 +51,8 @@ def open_image(item: Any, name: str | None = None) -> Image.Image:
             image.load()
             frames = getattr(image, "n_frames", 1)
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        is_path = isinstance(item, str | Path)
-        empty = is_path and Path(item).is_file() and Path(item).stat().st_size == 0
-        cause = "the file is empty" if empty else f"{error}"
         raise UnreadableInput(
-            f"{name}: not a readable image ({cause}); replace or remove it"
+            f"{name}: not a readable image ({_cause(item, error)}); replace or remove it"
         ) from error
     except Image.DecompressionBombError as error:
         raise UnreadableInput(f"{name}: {error}; make it smaller") from error
@@ -65,6 +63,19 @@ def open_image(item: Any, name: str | None = None) -> Image.Image:
             f"{name}: pixels of mode {image.mode}, expected grey or RGB of 8 bits; convert it"
         )
     return image
+
+
+def _cause(item: Any, error: Exception) -> str:
+    size = None
+    if isinstance(item, BytesIO):
+        size = len(item.getvalue())
+    elif isinstance(item, str | Path) and Path(item).is_file():
+        size = Path(item).stat().st_size
+    if size == 0:
+        return "the file is empty"
+    if isinstance(error, UnidentifiedImageError):
+        return "in no format that Pillow knows"
+    return str(error)
 
 
 class Pictures(Preprocessing):
