@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from mamba2_apps.data import DataModule, Preprocessing, Sample, UnreadableInput, files_under
+from mamba2_apps.tasks import Classification
 from mamba2_apps.vision import reports
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
@@ -276,9 +277,8 @@ class ImageData(DataModule):
         return np.asarray(self.train_set.targets)  # type: ignore[attr-defined]
 
     def report(self, task: Any, folder: Path) -> None:
-        preprocessing = self.preprocessing
-        assert isinstance(preprocessing, Pictures)
-        reports.pictures_of_a_test(task, self.test_set, preprocessing, folder)
+        if isinstance(task, Classification):
+            reports.pictures_of_a_test(task, self.test_set, self.preprocessing, folder)
 
 
 @dataclass(kw_only=True)

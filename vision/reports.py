@@ -41,9 +41,8 @@ def pictures_of_a_test(task: Any, test_set: Dataset[Any], preprocessing: Any, fo
         ]
         contact_sheet(pixels, titles, f"{len(wrong)} of {len(targets)} wrong", folder)
     # The surest answer for each of a few classes, and the surest mistake: what spoke for it.
-    shown = [
-        int((confidence * ((targets == k) & (guesses == k))).argmax()) for k in targets.unique()[:5]
-    ]
+    right = [(targets == k) & (guesses == k) for k in targets.unique()]
+    shown = [int((confidence * hits).argmax()) for hits in right if hits.any()][:5]
     saliency_picture(task, test_set, preprocessing, [*shown, *worst[:1]], folder)
 
 
