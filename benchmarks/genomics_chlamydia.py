@@ -30,7 +30,7 @@ GENBANK = "data/chlamydia/ct.gbk.gz"
 SPLIT = 834_015
 LEFT_OUT = {"pgm", "CT875"}
 BAR, AIM = 0.960, 0.975
-LENGTHS, OVERLAPS = range(90, 420, 30), (0, 30, 60, 90, 120, 150, 180, 210)
+LENGTHS, OVERLAPS = range(150, 420, 30), (60, 90, 120, 150, 180)
 
 
 def strands(genes: list[Feature], length: int) -> np.ndarray:

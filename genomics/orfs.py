@@ -92,12 +92,12 @@ def decode_orfs(
         chances = probabilities[:, columns].astype(np.float64).clip(_CERTAIN, 1 - _CERTAIN)
         odds = np.log(chances) - np.log1p(-chances)
         odds = odds if strand == "+" else odds[::-1]
-        at = np.arange(len(text))
+        at, frames = np.arange(len(text)), open_frames(text)
         for phase in range(3):
             # Gain of each base as part of a frame whose codons begin at this phase.
             gain = odds[at, (at - phase) % 3]
             total = np.concatenate([[0.0], np.cumsum(gain)])
-            for starts, end in (f for f in open_frames(text) if f[1] % 3 == phase):
+            for starts, end in (f for f in frames if f[1] % 3 == phase):
                 gains = total[end] - total[starts]
                 best = int(np.argmax(gains))
                 if gains[best] > threshold:
