@@ -102,7 +102,9 @@ def _write_program(
     with TemporaryDirectory() as folder:  # torch insists on the suffix
         whole = Path(folder) / f"model{SUFFIXES['torch']}"
         torch.export.save(program, whole)
-        module = torch.export.load(whole).module()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
+            module = torch.export.load(whole).module()
         copyfile(whole, path)
     return lambda inputs: module(*inputs)
 

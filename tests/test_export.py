@@ -14,6 +14,8 @@ import mamba2_apps
 from mamba2_apps import catalog, cli, runs
 from mamba2_apps.export import export
 
+SIZES = {"img_size": 16, "patch_size": 8, "depth": 1, "d_state": 8, "headdim": 16}
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -31,9 +33,8 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def run(folder, tmp_path_factory):
     run = tmp_path_factory.mktemp("runs") / "photos"
-    options = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 1, "headdim": 16}
     words = [f"--data.folder={folder}", "--data.img_size=16", "--data.num_workers=0"]
-    words += ["--data.batch_size=4", f"--model.options={json.dumps(options)}"]
+    words += ["--data.batch_size=4", *(f"--model.{k}={v}" for k, v in SIZES.items())]
     words += ["--trainer.max_epochs=1", "--optimizer.warmup_epochs=0.1", "--trainer.precision=fp32"]
     runs.train(catalog.find("vision/imagefolder"), run, words)
     return run
@@ -72,15 +73,13 @@ def test_an_onnx_graph_runs_at_any_batch_size(run, predictor, tmp_path):
 def test_exported_weights_are_those_of_the_timm_model(run, predictor, tmp_path):
     path = tmp_path / "model.safetensors"
     export(run, path, "safetensors")
-    inner = predictor.task.model.model
     for name, tensor in load_file(path).items():
-        assert torch.equal(tensor, inner.state_dict()[name])
+        assert torch.equal(tensor, predictor.task.model.state_dict()[name])
     with safe_open(path, "pt") as file:
         assert json.loads(file.metadata()["labels"]) == ["dark", "light"]
         assert json.loads(file.metadata()["preprocessing"])["img_size"] == 16
-    options = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 1, "headdim": 16}
     name = "bimamba2_tiny_patch16_224"
-    again = timm.create_model(name, checkpoint_path=str(path), num_classes=2, **options).eval()
+    again = timm.create_model(name, checkpoint_path=str(path), num_classes=2, **SIZES).eval()
     images = torch.randn(2, 3, 16, 16)
     torch.testing.assert_close(again(images), logits(predictor, images))
 
@@ -120,6 +119,6 @@ def test_the_command_writes_into_the_run_and_embed_names_its_inputs(
     assert "broken.png: not a readable image (the file is empty)" in capsys.readouterr().err
     file = np.load(output)
     assert list(file["inputs"]) == [str(folder / "dark" / f"{i}.png") for i in range(6)]
-    assert file["embeddings"].shape == (6, 32)
+    assert file["embeddings"].shape == (6, 192)
     expected = predictor.embed([str(folder / "dark")])
     np.testing.assert_allclose(file["embeddings"], expected, rtol=1e-5)
