@@ -132,7 +132,7 @@ class PartsDataset(Dataset[tuple[str, Sample]]):
         return name, self.sets[name][inner]
 
     def __len__(self) -> int:
-        return sum(len(dataset) for dataset in self.sets.values())  # type: ignore[arg-type]
+        return sum(len(dataset) for dataset in self.sets.values())  # type: ignore[arg-type, misc]
 
 
 class TurnSampler(Sampler[list[Key]]):

@@ -73,7 +73,7 @@ class MixedReconstruction(MaskedReconstruction):
         super().__init__(model, labels, optimizer, mask_ratio=mask_ratio, mask_span=mask_span)
 
     def part_of(self, batch: dict[str, Any]) -> nn.Module:
-        return self.model.parts[batch["part"]]  # type: ignore[index]
+        return self.model.parts[batch["part"]]  # type: ignore[index, return-value]
 
     def build_metrics(self, part: str) -> dict[str, Metric]:
         return {f"loss_{name}": MeanMetric() for name in self.model.parts}  # type: ignore[union-attr]

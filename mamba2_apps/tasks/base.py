@@ -283,12 +283,14 @@ class Task(LightningModule, ABC):
 
     def configure_optimizers(self) -> Any:
         config = self.optimizer_config
+        # Only where it is asked for: not every optimizer knows the word.
+        fused: dict[str, Any] = {"fused": True} if config.fused else {}
         optimizer = create_optimizer_v2(
             parameter_groups(self.model, config.weight_decay, config.layer_decay),
             opt=config.name,
             lr=config.lr,
             betas=config.betas,
-            **({"fused": True} if config.fused else {}),
+            **fused,
         )
         epochs = self.trainer.max_epochs or 1
         if config.warmup_epochs >= epochs:
