@@ -6,10 +6,9 @@ For every author and seed the recipe trains on the other authors; one of these c
 Accuracy is pooled over all clips, and given without the two kits whose labels are doubtful, too.
 
 How the recipe came about: that silence should follow the hits to 2 s was seen on the simple models,
-over all authors. Sizes and augmentation were set beforehand, and compared with a stronger and a
-weaker augmentation by leaving out bja, forzee, macarthur and pavlov in turn (the last two
-comparisons on pavlov and bja only), without grilli's clips. No network saw grilli, guglielmetti,
-audiophob and rumpf as test authors before this script.
+over all authors. Sizes and augmentation were set beforehand, tried by leaving out bja, forzee,
+macarthur and pavlov in turn, and kept after a weaker augmentation on pavlov and bja and a stronger
+one on pavlov did worse; grilli's clips were left out of all that.
 
 Rows go to results/audio_drums.jsonl as they come, so that a stopped benchmark goes on; the summary
 is results/audio_drums.json.
