@@ -51,14 +51,8 @@ def longest_orfs(
         for starts, end in open_frames(text):
             if end - starts[0] >= least:
                 found.append(_feature(contig, offset, len(sequence), strand, starts[0], end))
-    taken = np.zeros(len(sequence), bool)
-    kept = []
-    for frame in sorted(found, key=len, reverse=True):
-        place = slice(frame.start - offset, frame.end - offset)
-        if np.count_nonzero(taken[place]) <= overlap:
-            taken[place] = True
-            kept.append(frame)
-    return sorted(kept, key=lambda f: f.start)
+    longest_first = sorted(found, key=len, reverse=True)
+    return _least_overlapping(longest_first, len(sequence), offset, overlap)
 
 
 def decode_orfs(
@@ -67,13 +61,16 @@ def decode_orfs(
     labels: Sequence[str],
     contig: str = "",
     offset: int = 0,
-    threshold: float = 0.0,
+    *,
+    bias: float = 1.0,
+    threshold: float = 100.0,
+    overlap: int = 60,
 ) -> list[Feature]:
     """Reading frames whose bases a model calls coding in that very frame.
 
     For every stop codon the start is chosen that gains most: the sum, over the bases of the frame,
-    of the log odds of being at that place of a codon. A frame is kept where the sum exceeds
-    `threshold`.
+    of the log odds of being at that place of a codon, plus `bias`. Frames are taken from the best
+    down. A long open frame is itself evidence of a gene, which `bias` counts.
 
     Args:
         sequence: l bases.
@@ -81,7 +78,9 @@ def decode_orfs(
         labels: names of the k columns, among them codon1+ to codon3-.
         contig: name for the features.
         offset: place of the first base on the contig.
-        threshold: least sum of log odds.
+        bias: added to the log odds of every base; 0: the model alone decides.
+        threshold: least sum that makes a gene.
+        overlap: bases that a frame may share with better ones.
 
     Raises ValueError where labels of codon places are missing.
     """
@@ -95,14 +94,30 @@ def decode_orfs(
         at, frames = np.arange(len(text)), open_frames(text)
         for phase in range(3):
             # Gain of each base as part of a frame whose codons begin at this phase.
-            gain = odds[at, (at - phase) % 3]
+            gain = odds[at, (at - phase) % 3] + bias
             total = np.concatenate([[0.0], np.cumsum(gain)])
             for starts, end in (f for f in frames if f[1] % 3 == phase):
                 gains = total[end] - total[starts]
                 best = int(np.argmax(gains))
                 if gains[best] > threshold:
-                    found.append(_feature(contig, offset, len(text), strand, starts[best], end))
-    return sorted(found, key=lambda f: f.start)
+                    frame = _feature(contig, offset, len(text), strand, starts[best], end)
+                    found.append((float(gains[best]), frame))
+    best_first = [frame for _, frame in sorted(found, key=lambda pair: -pair[0])]
+    return _least_overlapping(best_first, len(sequence), offset, overlap)
+
+
+def _least_overlapping(
+    frames: Sequence[Feature], length: int, offset: int, overlap: int
+) -> list[Feature]:
+    """Those of `frames`, taken in order, that share at most `overlap` bases with earlier ones."""
+    taken = np.zeros(length, bool)
+    kept = []
+    for frame in frames:
+        place = slice(frame.start - offset, frame.end - offset)
+        if np.count_nonzero(taken[place]) <= overlap:
+            taken[place] = True
+            kept.append(frame)
+    return sorted(kept, key=lambda f: f.start)
 
 
 def check_codon_labels(labels: Sequence[str]) -> None:

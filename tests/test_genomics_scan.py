@@ -356,15 +356,19 @@ def test_frames_that_a_model_speaks_for_are_found(strand):
             contig="c", start=len(text) - gene.end, end=len(text) - gene.start, strand="-"
         )
     labels = paint([gene], 0, len(text), ["codon"])
-    (found,) = decode_orfs(text, labels * 0.8 + 0.1, CODON_LABELS, "c", 100)
+    alone = {"bias": 0.0, "threshold": 0.0}
+    (found,) = decode_orfs(text, labels * 0.8 + 0.1, CODON_LABELS, "c", 100, **alone)
     assert (found.contig, found.strand) == ("c", strand)
     assert (found.start, found.end) == (100 + gene.start, 100 + gene.end)
     later = labels.copy()
     inside = slice(gene.start, gene.start + 9) if strand == "+" else slice(gene.end - 9, gene.end)
     later[inside] = 0  # the model says that the gene begins at its second start codon
-    (found,) = decode_orfs(text, later * 0.8 + 0.1, CODON_LABELS)
+    (found,) = decode_orfs(text, later * 0.8 + 0.1, CODON_LABELS, **alone)
     assert len(found) == len(GENE) - 9
-    assert not decode_orfs(text, np.full((len(text), 6), 0.1), CODON_LABELS)
+    nothing = np.full((len(text), 6), 0.1)
+    assert not decode_orfs(text, nothing, CODON_LABELS, **alone)
+    (longer,) = decode_orfs(text, nothing, CODON_LABELS, bias=3.0, threshold=0.0)
+    assert longer == Feature(**{**vars(longer), "start": gene.start, "end": gene.end})
     (longest,) = longest_orfs(text, 15, 0)
     assert (longest.start, longest.end, longest.strand) == (gene.start, gene.end, strand)
     assert not longest_orfs(text, 16, 0)
