@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from _fits import arguments, do_fits
 from _record import write_record
-from genomics_fits import arguments, do_fits
 from sklearn.metrics import matthews_corrcoef
 
 from mamba2_apps.genomics.annotated import paint

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from _fits import arguments, do_fits
 from _record import write_record
-from genomics_fits import arguments, do_fits
 
 FOLDS = 10
 BAR, AIM = 0.963, 0.970

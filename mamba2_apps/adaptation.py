@@ -5,6 +5,7 @@ is short for `--adaptation.start X`.
 """
 
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -112,13 +113,22 @@ def load_start(model: nn.Module, path: Path) -> list[str]:
         for name, tensor in model.state_dict().items()
         if not _is_in(name, "backbone") and not _is_head(name)
     }
-    fits = bool(adapter) and all(
-        name in tensors and tensors[name].shape == tensor.shape for name, tensor in adapter.items()
-    )
-    if not fits:
-        return ["backbone"]
-    model.load_state_dict({name: tensors[name] for name in adapter}, strict=False)
-    return ["backbone", "adapter"]
+    for given in _models_in(tensors):
+        if adapter and all(
+            name in given and given[name].shape == t.shape for name, t in adapter.items()
+        ):
+            model.load_state_dict({name: given[name] for name in adapter}, strict=False)
+            return ["backbone", "adapter"]
+    return ["backbone"]
+
+
+def _models_in(tensors: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """The tensors of a RUN, and of each part of one that mixes several (`mamba2_apps.mixed`)."""
+    yield tensors
+    parts = sorted({name.split(".")[1] for name in tensors if _is_in(name, "parts")})
+    for part in parts:
+        prefix = f"parts.{part}."
+        yield {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
 
 
 def read_start(path: Path) -> dict[str, Tensor]:

@@ -133,6 +133,8 @@ def test_a_mixed_training_resumes_bitwise_and_starts_another(tmp_path):
     adapt(model, AdaptationConfig(start=str(killed)))
     for name, tensor in model.backbone.state_dict().items():
         assert torch.equal(tensor, one[f"backbone.{name}"])
+    for name, tensor in model.adapter.state_dict().items():  # the part with patches of this size
+        assert torch.equal(tensor, one[f"parts.large.adapter.{name}"])
     with pytest.raises(ValueError, match="answers no questions"):
         mamba2_apps.load(killed).predict(["x.png"])
 

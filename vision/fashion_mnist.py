@@ -41,6 +41,7 @@ class FashionMNIST(ImageData):
         batch_size: images per step and device.
         balanced: draw every class equally often while training, with replacement.
         val_images: training images that choose the epoch.
+        train_images: how many of the others to learn from, a fixed, stratified part; null: all.
         max_shift: largest random shift, in pixels either way.
         flip: mirror half of the images.
         erase: share of the images in which a rectangle becomes noise.
@@ -56,6 +57,7 @@ class FashionMNIST(ImageData):
         batch_size: int = 512,
         balanced: bool = False,
         val_images: int = 5000,
+        train_images: int | None = None,
         max_shift: int = 2,
         flip: bool = True,
         erase: float = 0.5,
@@ -72,7 +74,12 @@ class FashionMNIST(ImageData):
         )
         if not 10 <= val_images <= 50000:
             raise ValueError(f"data.val_images is {val_images}, expected 10 to 50000")
+        if train_images is not None and not 10 <= train_images < 60000 - val_images:
+            raise ValueError(
+                f"data.train_images is {train_images}, expected 10 to {59999 - val_images}, or null"
+            )
         self.folder, self.val_images = Path(folder), val_images
+        self.train_images = train_images
         self.max_shift, self.flip, self.erase = max_shift, flip, erase
         self.labels = LABELS
 
@@ -86,6 +93,10 @@ class FashionMNIST(ImageData):
         train, val = train_test_split(
             np.arange(len(targets)), test_size=self.val_images, stratify=targets, random_state=0
         )
+        if self.train_images is not None:
+            train, _ = train_test_split(
+                train, train_size=self.train_images, stratify=targets[train], random_state=0
+            )
         test_images, test_targets = self._read("t10k")
         self.train_set = self._set(images[train], targets[train])
         self.val_set = self._set(images[val], targets[val])

@@ -1,4 +1,4 @@
-"""What the accuracy benchmarks of genomics share: fits in a file, to go on where one stopped.
+"""What benchmarks of many fits share: fits in a file, to go on where one stopped.
 
 Each fit is a line of JSON that is appended when it is done; a script that was stopped does the rest
 when it is called again. `--minutes` starts no further fit after that time, `--jobs` runs several at
