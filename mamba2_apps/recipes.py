@@ -53,6 +53,13 @@ class Recipe:
 
     def __post_init__(self) -> None:
         self.data.seed = self.seed
+        if self.trainer.parallel is not None and self.adaptation.unfreeze_epoch is not None:
+            # DistributedDataParallel decides at its start which gradients it waits for.
+            raise ValueError(
+                f"adaptation.unfreeze_epoch is {self.adaptation.unfreeze_epoch} beside "
+                f"trainer.parallel {self.trainer.parallel}; thaw on one device, or start a second "
+                "run from the first with --backbone"
+            )
 
 
 def read(path: Path, overrides: Sequence[str] = ()) -> tuple[Recipe, str]:

@@ -56,6 +56,14 @@ def test_overrides_reach_every_part():
         (["--model.backbone.headdim=7"], r"headdim=7"),
         (["--task.label_smoothing=2"], r"label_smoothing is 2"),
         (["--data.batch_size=0"], r"data\.batch_size is 0"),
+        (
+            [
+                "--trainer.parallel=ddp",
+                "--adaptation.freeze=backbone",
+                "--adaptation.unfreeze_epoch=2",
+            ],
+            r"unfreeze_epoch is 2 beside trainer\.parallel ddp",
+        ),
     ],
 )
 def test_a_wrong_override_is_named_in_one_sentence(words, sentence):
