@@ -27,9 +27,13 @@ from torch import Tensor
 from .dispatch import is_plain
 
 TILE_TOKENS = 32  # forward: tokens a program
+FORWARD_CHANNELS = 128
+FORWARD_WARPS = 4
 RUNS = 8  # backward: runs a program; fewer for wide filters, whose taps take the registers
 STRETCH = 4  # backward: tokens of a run that are loaded at once; 1 for filters wider than 4 taps,
 # whose unrolled code would take many seconds to compile
+BACKWARD_CHANNELS = 64
+BACKWARD_WARPS = 4
 MAX_RUN = 32  # backward: tokens a run; shorter where that leaves too few programs to fill a GPU
 MIN_RUN = 8
 MANY_PROGRAMS = 1024
@@ -185,7 +189,7 @@ def _silu_gradient(z):
 def _backward_kernel(
     dy_ptr, dfinal_ptr, x_ptr, w_ptr, bias_ptr, initial_ptr, cu_ptr,
     dx_ptr, partial_ptr, dinitial_ptr, l, d, n_seq, n_halvings, n_tiles, n_tile_programs, run,
-    stride_xb, stride_xl, stride_xd, stride_dyb, stride_dyl, stride_dyd,
+    stride_xb, stride_xl, stride_xd, stride_dyb, stride_dyl, stride_dyd, stride_dxb, stride_dxl,
     WIDTH: tl.constexpr, SILU: tl.constexpr, REVERSE: tl.constexpr,
     RUNS: tl.constexpr, STRETCH: tl.constexpr, CHANNELS: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
@@ -197,8 +201,8 @@ def _backward_kernel(
         _backward_tile(
             dy_ptr, dfinal_ptr, x_ptr, w_ptr, bias_ptr, initial_ptr, cu_ptr, dx_ptr, partial_ptr,
             block, program // n_blocks, l, d, n_seq, n_halvings, n_tiles, run,
-            stride_xb, stride_xl, stride_xd, stride_dyb, stride_dyl, stride_dyd,
-            WIDTH, SILU, REVERSE, RUNS, STRETCH, CHANNELS,
+            stride_xb, stride_xl, stride_xd, stride_dyb, stride_dyl, stride_dyd, stride_dxb,
+            stride_dxl, WIDTH, SILU, REVERSE, RUNS, STRETCH, CHANNELS,
         )  # fmt: skip
     elif dinitial_ptr is not None:
         _backward_initial_state(
@@ -213,7 +217,7 @@ def _backward_kernel(
 def _backward_tile(
     dy_ptr, dfinal_ptr, x_ptr, w_ptr, bias_ptr, initial_ptr, cu_ptr, dx_ptr, partial_ptr,
     block, tile, l, d, n_seq, n_halvings, n_tiles, run,
-    stride_xb, stride_xl, stride_xd, stride_dyb, stride_dyl, stride_dyd,
+    stride_xb, stride_xl, stride_xd, stride_dyb, stride_dyl, stride_dyd, stride_dxb, stride_dxl,
     WIDTH: tl.constexpr, SILU: tl.constexpr, REVERSE: tl.constexpr,
     RUNS: tl.constexpr, STRETCH: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
@@ -227,7 +231,7 @@ def _backward_tile(
     index, start, end = _sequence_bounds(cu_ptr, m, n_seq, l, REVERSE)
     x_ptr += batch.to(tl.int64) * stride_xb
     dy_ptr += batch.to(tl.int64) * stride_dyb
-    dx_ptr += batch.to(tl.int64) * l * d
+    dx_ptr += batch.to(tl.int64) * stride_dxb
 
     zero = tl.zeros([RUNS, CHANNELS], tl.float32)
     bias = tl.zeros([1, CHANNELS], tl.float32)
@@ -293,7 +297,7 @@ def _backward_tile(
 
             closed = q - (WIDTH - 1)
             tl.store(
-                dx_ptr + _token(closed, l, REVERSE) * d + c,
+                dx_ptr + _token(closed, l, REVERSE) * stride_dxl + c,
                 opened[WIDTH - 1],
                 mask=(i >= WIDTH - 1) & (i < run + WIDTH - 1) & (closed < l) & (c < d),
             )
@@ -414,7 +418,7 @@ def _forward(
     n_seq, n_halvings = _pack(x, cu_seqlens)
     y = x.new_empty(b, l, d)
     final = x.new_empty(n_seq, width - 1, d) if return_final_states else x.new_empty(0)
-    channels = _block_of_channels(d, 128)
+    channels = _block_of_channels(d, FORWARD_CHANNELS)
     n_blocks = triton.cdiv(d, channels)
     n_tiles = triton.cdiv(l, TILE_TOKENS)
     n_tile_programs = b * n_tiles * n_blocks
@@ -441,7 +445,7 @@ def _forward(
             TOKENS=TILE_TOKENS,
             CHANNELS=channels,
             SLOTS=triton.next_power_of_2(width),
-            num_warps=4,
+            num_warps=FORWARD_WARPS,
         )
     return y, final
 
@@ -464,16 +468,20 @@ def _backward(
     initial_states: Tensor | None,
     cu_seqlens: Tensor | None,
     reverse: bool,
+    dx: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weight, bias and the initial states; x's in `dx` where that is given."""
     (b, l, d), width = x.shape, weight.shape[1]
     n_seq, n_halvings = _pack(x, cu_seqlens)
-    dx, dweight, dbias, dinitial = _backward_fake(
-        dy, dfinal, x, weight, bias, silu, initial_states, cu_seqlens, reverse
+    dx = x.new_empty(x.shape) if dx is None else dx
+    dweight, dbias, dinitial = (
+        x.new_empty(0) if t is None else t.new_empty(t.shape)
+        for t in (weight, bias, initial_states)
     )
     carried = dinitial.numel() > 0
     # The output is empty where no final states were asked for, and so may its gradient be.
     has_final = dfinal is not None and dfinal.numel() > 0
-    channels = _block_of_channels(d, 64)
+    channels = _block_of_channels(d, BACKWARD_CHANNELS)
     n_blocks = triton.cdiv(d, channels)
     runs = max(1, min(RUNS, 32 // triton.next_power_of_2(width)))
     run = min(MAX_RUN, max(MIN_RUN, b * l * n_blocks // (runs * MANY_PROGRAMS)))
@@ -503,6 +511,7 @@ def _backward(
             run,
             *x.stride(),
             *dy.stride(),
+            *dx.stride()[:2],
             WIDTH=width,
             SILU=silu,
             REVERSE=reverse,
@@ -510,7 +519,7 @@ def _backward(
             STRETCH=STRETCH if width <= 4 else 1,
             CHANNELS=channels,
             SLOTS=triton.next_power_of_2(width),
-            num_warps=4,
+            num_warps=BACKWARD_WARPS,
         )
         _sum_partials_kernel[(rows_of_partial * triton.cdiv(d, 32),)](
             partials,

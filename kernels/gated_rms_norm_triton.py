@@ -59,7 +59,7 @@ def _forward_kernel(
 @triton.jit(do_not_specialize=["n_rows", "n_steps", "eps"])
 def _backward_kernel(
     dy_ptr, x_ptr, weight_ptr, z_ptr, dx_ptr, dz_ptr, partial_ptr,
-    n_rows, n_steps, d, size, stride_dy, stride_x, stride_z, eps,
+    n_rows, n_steps, d, size, stride_dy, stride_x, stride_z, stride_dz, eps,
     NORM_BEFORE_GATE: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """dx and dz of n_steps * ROWS rows of one group, and their share of dweight."""
@@ -100,7 +100,8 @@ def _backward_kernel(
             else:
                 dz = dv * x * dgate
                 dv *= gate
-            tl.store(dz_ptr + offset, dz, mask=mask)
+            at = rows.to(tl.int64) * stride_dz + first + c
+            tl.store(dz_ptr + at, dz, mask=mask)
         tl.store(dx_ptr + offset, dv, mask=mask)
         rows += ROWS
         step += 1
@@ -181,8 +182,13 @@ def _backward(
     eps: float,
     group_size: int,
     norm_before_gate: bool,
+    dz: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dx, dweight, dz = _backward_fake(dy, x, weight, z, eps, group_size, norm_before_gate)
+    """Gradients of x, weight and z; z's in `dz` where that is given, a part of wider rows."""
+    dx, dweight = x.new_empty(x.shape), weight.new_empty(weight.shape)
+    if dz is None:
+        dz = x.new_empty(0) if z is None else z.new_empty(z.shape)
+    stride_dz = dz.shape[-1] if dz.dim() < 2 else dz.stride(-2)
     dy, stride_dy = _rows(dy)
     x, stride_x = _rows(x)
     z, stride_z = (None, 0) if z is None else _rows(z)
@@ -208,6 +214,7 @@ def _backward(
             stride_dy,
             stride_x,
             stride_z,
+            stride_dz,
             eps,
             NORM_BEFORE_GATE=norm_before_gate,
             ROWS=rows,

@@ -117,9 +117,13 @@ def _forward(
 
 def _backward(
     dy, dfinal, x, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens, ungated, dt_softplus,
-    low, high, reverse,
+    low, high, reverse, into=None,
 ):  # fmt: skip
-    """Gradients of x, dt, A, B, C, D, z, dt_bias and initial_states, None for what is not there."""
+    """Gradients of x, dt, A, B, C, D, z, dt_bias and initial_states, None for what is not there.
+
+    into: where the gradients of x, dt, B and C go, all shared by the directions: parts of the last
+    dimension of tensors (b, l, …), dt's (2, b, l, h) for both directions side by side there.
+    """
     with _on(x.device):
         tensors = _dense((x, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens))
         settings = dt_softplus, low, high, reverse
@@ -127,11 +131,15 @@ def _backward(
         if z is not None:
             dy, dz = _gate_backward(dy, z, ungated)
         dfinal = None if dfinal is None else dfinal.contiguous()
-        call = prepare(Backward, tensors, settings, dy, dfinal is not None)
+        call = prepare(Backward, tensors, settings, dy, dfinal is not None, _layout(into, dt))
         workspace = torch.empty(call.floats, dtype=torch.float32, device=x.device)
         states = call.states_in(workspace)
-        dx, dB, dC = (_gradient(t, not call.merged) for t in (x, B, C))
-        ddt, dA = _gradient(dt), _gradient(A)
+        if into is None:
+            dx, dB, dC = (_gradient(t, not call.merged) for t in (x, B, C))
+            ddt = _gradient(dt)
+        else:
+            dx, ddt, dB, dC = into
+        dA = _gradient(A)
         dbias = None if dt_bias is None else _gradient(dt_bias)
         dD = None if D is None else _gradient(D)
         if initial_states is not None:
@@ -168,6 +176,14 @@ def _gradient(like: Tensor, paired: bool = False) -> Tensor:
     """Room for the gradient of `like`, one for each direction if `paired` and not so already."""
     shape = (2, *like.shape) if paired and like.dim() == 4 else like.shape
     return torch.empty(shape, dtype=like.dtype, device=like.device)
+
+
+def _layout(into: tuple[Tensor, ...] | None, dt: Tensor) -> tuple[int, ...] | None:
+    """How far apart tokens are in dx, in dB and dC, directions and tokens in ddt."""
+    if into is None:
+        return None
+    dx, ddt, dB, _ = into
+    return dx.stride(1), dB.stride(1), ddt.stride(0) if dt.dim() == 4 else 0, ddt.stride(-2)
 
 
 def _present(t: Tensor | None, like: Tensor) -> Tensor:

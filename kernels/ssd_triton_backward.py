@@ -77,7 +77,7 @@ def _stored(
 def _input_gradient(
     B_at, B_sl, B_sn, C_at, C_sl, C_sn, D, dy_row, dy_sl, dy_sh, dy_sp, dx, cu_ptr, ws, states,
     cum_off, dtp_off, fade_off, carried_off, l, nseq, slots, rows, row, dx_row, base, tile, heads,
-    first_head, head_count, segments, segment_slots, reverse, skips, p, n,
+    first_head, head_count, segments, segment_slots, reverse, skips, dx_sl, p, n,
     SCANS: tl.constexpr, DIRECTIONS: tl.constexpr, HAS_D: tl.constexpr, D_MATRIX: tl.constexpr,
     PACKED: tl.constexpr, SEGMENTED: tl.constexpr, P_TILES: tl.constexpr, N_TILES: tl.constexpr,
     CHUNK: tl.constexpr, Q: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr, DOT: tl.constexpr,
@@ -158,7 +158,7 @@ def _input_gradient(
                 far = tl.exp2(cum_far[None, :] - cum_own[:, None]) * dt_own[:, None]
                 far *= bc_far.to(tl.float32)
                 acc = tl.dot(far.to(dy_far.dtype), dy_far, acc, input_precision=DOT)
-        at = ((dx_row * l + token) * heads + head)[:, None] * p + p_offs[None, :]
+        at = ((dx_row * l + token) * dx_sl + head * p)[:, None] + p_offs[None, :]
         tl.store(dx + at, acc.to(dx.dtype.element_ty), mask=valid[:, None] & p_mask[None, :])
 
 
@@ -263,7 +263,7 @@ def chunk_backward_kernel(
     C_sd, C_sb, C_sl, C_sg, C_sn, dy_sb, dy_sl, dy_sh, dy_sp,
     cum_off, dtp_off, fade_off, carried_off, row_off, far_off, column_off, column_far_off, dD_off,
     mix_off, l, nseq, slots, first_row, rows, batch, heads, heads_per_group, heads_per_program,
-    splits, tiles, segments, segment_slots, reverse, p, n,
+    splits, tiles, segments, segment_slots, reverse, dx_sl, p, n,
     SCANS: tl.constexpr, DIRECTIONS: tl.constexpr, X_SHARED: tl.constexpr, HAS_D: tl.constexpr,
     D_MATRIX: tl.constexpr, PACKED: tl.constexpr, SEGMENTED: tl.constexpr, P_TILES: tl.constexpr,
     N_TILES: tl.constexpr, CHUNK: tl.constexpr, Q: tl.constexpr, PB: tl.constexpr,
@@ -308,7 +308,7 @@ def chunk_backward_kernel(
             B_at, B_sl, B_sn, C_at, C_sl, C_sn, D, dy_row, dy_sl, dy_sh, dy_sp, dx, cu_ptr, ws,
             states, cum_off, dtp_off, fade_off, carried_off, l, nseq, slots, rows, row, target_row,
             base, slot * TILES + job, heads, first_head, head_count, segments, segment_slots,
-            reverse, skips, p, n,
+            reverse, skips, dx_sl, p, n,
             SCANS, DIRECTIONS, HAS_D, D_MATRIX, PACKED, SEGMENTED, P_TILES, N_TILES, CHUNK, Q, PB,
             NB, DOT, STAGES,
         )  # fmt: skip
@@ -341,7 +341,7 @@ def chunk_backward_kernel(
 def _shared_side(
     V, v_sl, v_sp, v_sh, U, u_sl, u_sn, O, o_sl, o_sn, matrix, matrix_row, matrix_column, target,
     cum_at, dtp_at, vector, overlap, states, ws, fade_off, carried_off, line, token, valid, slot,
-    slots, rows, heads, groups, first_head, head_count, mix_splits, segments, segment_slots,
+    slots, rows, heads, target_sl, first_head, head_count, mix_splits, segments, segment_slots,
     backwards_of_one, own, p, n,
     SCANS: tl.constexpr, DIRECTIONS: tl.constexpr, OF_B: tl.constexpr, SEGMENTED: tl.constexpr,
     P_TILES: tl.constexpr, CHUNK: tl.constexpr, Q: tl.constexpr, PB: tl.constexpr,
@@ -421,7 +421,7 @@ def _shared_side(
         matrix += slots.to(tl.int64) * CHUNK * CHUNK
         acc = tl.dot(m, o, acc, input_precision=DOT)
     tl.store(
-        target + (token * groups)[:, None] * n + n_offs[None, :], acc.to(target.dtype.element_ty),
+        target + (token * target_sl)[:, None] + n_offs[None, :], acc.to(target.dtype.element_ty),
         mask=valid[:, None] & n_mask[None, :],
     )  # fmt: skip
 
@@ -434,7 +434,7 @@ def shared_backward_kernel(
     cum_off, dtp_off, fade_off, carried_off, into_off, out_off, overlap_off, mix_off,
     dB_off, dC_off,
     l, nseq, slots, first_row, rows, batch, heads, heads_per_group, heads_per_program, splits,
-    mix_splits, segments, segment_slots, reverse, p, n,
+    mix_splits, segments, segment_slots, reverse, target_sl, p, n,
     SCANS: tl.constexpr, DIRECTIONS: tl.constexpr, PACKED: tl.constexpr,
     SEGMENTED: tl.constexpr, P_TILES: tl.constexpr, N_TILES: tl.constexpr,
     CHUNK: tl.constexpr, Q: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr,
@@ -473,14 +473,14 @@ def shared_backward_kernel(
     matrix = (base * rows + row) * groups + group
     matrix = states + mix_off + (matrix * mix_splits * slots + slot) * CHUNK * CHUNK
     target_row = (split * (SCANS // DIRECTIONS) + base) * batch + whole_row
-    shift = (target_row * l * groups + group) * n
+    shift = target_row * l * target_sl + group * n
     if kind == 0:
         _shared_side(
             x + base * x_sd + whole_row * x_sb, x_sl, x_sp, x_sh, B_at, B_sl, B_sn, C_at, C_sl,
             C_sn, matrix, CHUNK, 1, dB + dB_off + shift, ws + cum_off, ws + dtp_off,
             ws + out_off + own * vectors * CHUNK, ws + overlap_off + own * vectors,
             states, ws, fade_off, carried_off, line, token, valid, slot, slots, rows, heads,
-            groups, first_head, head_count, mixes, segments, segment_slots, reverse, own, p, n,
+            target_sl, first_head, head_count, mixes, segments, segment_slots, reverse, own, p, n,
             SCANS, DIRECTIONS, True, SEGMENTED, P_TILES, CHUNK, Q, PB, NB, DOT, STAGES,
         )  # fmt: skip
     else:
@@ -489,7 +489,7 @@ def shared_backward_kernel(
             matrix, 1, CHUNK, dC + dC_off + shift, ws + cum_off, ws + dtp_off,
             ws + into_off + own * vectors * CHUNK, ws + overlap_off,
             states, ws, fade_off, carried_off, line, token, valid, slot, slots, rows, heads,
-            groups, first_head, head_count, mixes, segments, segment_slots, reverse, own, p, n,
+            target_sl, first_head, head_count, mixes, segments, segment_slots, reverse, own, p, n,
             SCANS, DIRECTIONS, False, SEGMENTED, P_TILES, CHUNK, Q, PB, NB, DOT, STAGES,
         )  # fmt: skip
 
@@ -499,7 +499,7 @@ def step_backward_kernel(
     dt, A, dt_bias, ddt, cu_ptr, ws, dt_sd, dt_sb, dt_sl, dt_sh,
     dtp_off, row_off, far_off, column_off, column_far_off, into_off, out_off,
     overlap_off, dA_off, dbias_off,
-    low, high, l, nseq, slots, first_row, rows, batch, heads, reverse,
+    low, high, l, nseq, slots, first_row, rows, batch, heads, reverse, ddt_sd, ddt_sl,
     DIRECTIONS: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
     PACKED: tl.constexpr, N_TILES: tl.constexpr, CHUNK: tl.constexpr, Q: tl.constexpr,
     SLOTS: tl.constexpr,
@@ -562,7 +562,7 @@ def step_backward_kernel(
         active = softplus(raw)
         ddt_value *= tl.sigmoid(raw)
     ddt_value = tl.where(valid & (active >= low) & (active <= high), ddt_value, 0.0)
-    at = ((direction * batch + row) * l + token) * heads + head
+    at = direction * ddt_sd + (row * l + token) * ddt_sl + head
     tl.store(ddt + at, ddt_value.to(ddt.dtype.element_ty), mask=valid)
     partial = ((direction * heads + head) * batch + row) * blocks + block
     tl.store(ws + dA_off + partial, tl.sum(tl.sum(da * dtp, 1)))
@@ -573,7 +573,7 @@ def step_backward_kernel(
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def reduce_kernel(
     ws, dA, dbias, dD, dB, dC, dA_off, dbias_off, dD_off, dB_off, dC_off, heads, D_rows, partials,
-    D_partials, splits, size,
+    D_partials, splits, size, width, target_sl,
     SCANS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_D: tl.constexpr, SPLIT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -620,5 +620,6 @@ def reduce_kernel(
         for split in range(0, splits):
             b_total += tl.load(ws + dB_off + split * size + at, mask=inside, other=0.0)
             c_total += tl.load(ws + dC_off + split * size + at, mask=inside, other=0.0)
+        at = at // width * target_sl + at % width
         tl.store(dB + at, b_total.to(dB.dtype.element_ty), mask=inside)
         tl.store(dC + at, c_total.to(dC.dtype.element_ty), mask=inside)

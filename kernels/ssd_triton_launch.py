@@ -260,9 +260,12 @@ class Backward(_Prepared):
     STEP = itemgetter(1, 2, 6, 14, 8, 11)
     REDUCE = itemgetter(11, 15, 19, 18, 16, 17)
 
-    def __init__(self, tensors, settings, dy: Tensor, has_dfinal: bool) -> None:
+    def __init__(self, tensors, settings, dy: Tensor, has_dfinal: bool, layout: Any) -> None:
         super().__init__(tensors[0])
         self.call = c = _Call(tensors, settings)
+        contiguous = c.h * c.p, c.g * c.n, c.b * c.l * c.h, c.h
+        self.dx_sl, self.shared_sl, *of_ddt = layout or contiguous
+        self.of_ddt = tuple(of_ddt)
         self.merged, self.state_shape = c.merged, c.state_shape
         self.of_dy = dy.stride()
         self.cut, self.plan = planning.backward_plan(
@@ -279,7 +282,7 @@ class Backward(_Prepared):
         reduce = (
             at["dA"], at["dbias"], at["dD"], at["dB"], at["dC"], c.h, c.d_rows,
             c.b * -(-plan.slots // plan.step_slots), plan.served * c.b * plan.tiles, splits, size,
-            c.directions, c.has_bias, c.has_d, splits > 1, SUM_BLOCK,
+            c.g * c.n, self.shared_sl, c.directions, c.has_bias, c.has_d, splits > 1, SUM_BLOCK,
         )  # fmt: skip
         programs = c.directions * c.h * (1 + c.has_bias) + c.d_rows
         programs += -(-size // SUM_BLOCK) * (splits > 1)
@@ -319,8 +322,9 @@ class Backward(_Prepared):
         chunk = (
             *c.inputs, *self.of_dy, *entered, at["row"], at["far"], at["column"],
             at["column_far"], at["dD"], plan.mix, *sizes, c.h // c.g, per_program, splits,
-            plan.tiles, *segments, c.reverse, c.p, c.n, c.directions, each, c.x_shared, c.has_d,
-            c.d_matrix, c.packed, segmented, *blocks, cut.backward_stages, squares,
+            plan.tiles, *segments, c.reverse, self.dx_sl, c.p, c.n, c.directions, each,
+            c.x_shared, c.has_d, c.d_matrix, c.packed, segmented, *blocks, cut.backward_stages,
+            squares,
         )  # fmt: skip
         programs = plan.served * rows * plan.slots * (tiles + squares) * c.g * splits
         launches.append(
@@ -332,7 +336,8 @@ class Backward(_Prepared):
         shared = (
             *c.inputs, *self.of_dy, *entered, at["into"], at["out"], at["overlap"], plan.mix,
             at["dB"] * partial, at["dC"] * partial, *sizes, c.h // c.g, per_program,
-            shared_splits, splits, *segments, c.reverse, c.p, c.n, c.directions, each, c.packed,
+            shared_splits, splits, *segments, c.reverse,
+            c.g * c.n if partial else self.shared_sl, c.p, c.n, c.directions, each, c.packed,
             segmented, *blocks, cut.shared_stages,
         )  # fmt: skip
         programs = 2 * plan.served * rows * plan.slots * c.g * plan.n_tiles * shared_splits
@@ -342,8 +347,8 @@ class Backward(_Prepared):
         step = (
             *c.of_dt, at["dtp"], at["row"], at["far"], at["column"], at["column_far"], at["into"],
             at["out"], at["overlap"], at["dA"], at["dbias"], c.low, c.high, *sizes, c.reverse,
-            c.directions, c.has_bias, c.softplus, c.packed, plan.n_tiles, cut.chunk, cut.tile,
-            plan.step_slots,
+            *self.of_ddt, c.directions, c.has_bias, c.softplus, c.packed, plan.n_tiles, cut.chunk,
+            cut.tile, plan.step_slots,
         )  # fmt: skip
         programs = c.directions * rows * c.h * -(-plan.slots // plan.step_slots)
         launches.append(Launch(step_backward_kernel, programs, 4, self.STEP, step))
@@ -370,7 +375,7 @@ _prepared: dict[Any, Any] = {}
 _MOST_PREPARED = 4096
 
 
-def prepare(make: type, tensors, settings, dy: Tensor | None, *flags: bool) -> Any:
+def prepare(make: type, tensors, settings, dy: Tensor | None, *flags: Any) -> Any:
     """The prepared call for these shapes, strides, dtypes and flags, made on its first use."""
     key = (
         make, settings, flags, torch.backends.cuda.matmul.allow_tf32, tensors[0].device,

@@ -26,7 +26,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 UNSPECIALIZED = (
     "l", "nseq", "slots", "first_row", "rows", "batch", "segments", "segment_slots", "reverse",
     "low", "high", "dt_sd", "dt_sb", "dt_sl", "dt_sh", "tiles", "heads_per_program", "splits",
-    "partials", "mix_splits",
+    "partials", "mix_splits", "ddt_sd", "ddt_sl", "width",
 )  # fmt: skip
 
 

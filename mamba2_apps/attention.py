@@ -224,7 +224,7 @@ class Attention(nn.Module):
         before = None if state is None else state.conv
         y, window = causal_conv1d(
             qkv,
-            self.conv1d.weight[:, 0],
+            self.conv1d.weight.squeeze(1),
             self.conv1d.bias,
             initial_states=before,
             cu_seqlens=cu_seqlens,

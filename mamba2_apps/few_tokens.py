@@ -45,7 +45,7 @@ def mix(mixer: Any, u: Tensor, window: Tensor, state: Tensor) -> tuple[Tensor, T
     """
     *mlp, z, xBC, dt = mixer.in_proj(u).split(mixer._split_sizes, dim=-1)
     inputs = torch.cat([window, xBC], 1)
-    taps = inputs.unfold(1, mixer.d_conv, 1) * mixer.conv1d.weight[:, 0]
+    taps = inputs.unfold(1, mixer.d_conv, 1) * mixer.conv1d.weight.squeeze(1)
     mixed = taps.sum(-1) if mixer.conv1d.bias is None else taps.sum(-1) + mixer.conv1d.bias
     x, B, C = mixer._split_conv(F.silu(mixed))
     dt = F.softplus(dt + mixer.dt_bias)

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from mamba2_apps import few_tokens, kernels
 from mamba2_apps.checks import check_call, is_count, require
-from mamba2_apps.kernels import causal_conv1d, gated_rms_norm, ssd_step
+from mamba2_apps.kernels import causal_conv1d, conv_ssd_norm, gated_rms_norm, ssd_step
+from mamba2_apps.kernels.dispatch import HALF, resolve_backend
 from mamba2_apps.padding import LeftAligned, data_positions
 
 if TYPE_CHECKING:
@@ -316,7 +317,7 @@ class Mamba2(nn.Module):
         *mlp, z, xBC, dt = self.in_proj(u).split(self._split_sizes, dim=-1)
         xBC, window = causal_conv1d(
             xBC[:, None],
-            self.conv1d.weight[:, 0],
+            self.conv1d.weight.squeeze(1),
             self.conv1d.bias,
             activation="silu",
             initial_states=state.conv,
@@ -351,12 +352,72 @@ class Mamba2(nn.Module):
         if alone and state is not None and few_tokens.serves(self, u):
             y, *after = few_tokens.mix(self, u, state.conv, state.ssm)
             return y, Mamba2State(*after)
+        if state is None and not return_state and self._is_one_operator(u, lengths):
+            return self._mix_at_once(u, lengths, cu_seqlens), None
         *mlp, z, xBC, dt = self.in_proj(u).split(self._split_sizes, dim=-1)
         if self.bidirectional:
             y, final_state = self._scan_both_ways(xBC, dt, lengths, cu_seqlens), None
         else:
             y, final_state = self._scan(xBC, dt, lengths, cu_seqlens, state, return_state)
         return self._project_out(y, z, mlp), final_state
+
+    def _is_one_operator(self, u: Tensor, lengths: Tensor | None) -> bool:
+        """Whether `conv_ssd_norm` does what lies between the projections, on Triton."""
+        usual = self.norm is not None and len(self._split_sizes) == 3
+        # With a lower limit of dt, a step of 0 at padding is no dt that the operator could read.
+        padded = lengths is not None and self.bidirectional and self.dt_limit[0] > 0
+        return (
+            usual
+            and not padded
+            and not self.conv_per_direction
+            and self.context_parallel is None
+            and resolve_backend("auto", u) == "triton"
+        )
+
+    def _mix_at_once(self, u: Tensor, lengths: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+        """(b, l, d_model), of a whole sequence without states to carry."""
+        zxBCdt = self._project_in_aligned(u)
+        if lengths is not None and self.bidirectional:
+            padding = ~data_positions(lengths, u.shape[1])[..., None]
+            fill = zxBCdt.new_zeros(zxBCdt.shape[2])
+            fill[sum(self._split_sizes[:-1]) :] = _DT_OF_PADDING
+            zxBCdt = torch.where(padding, fill, zxBCdt)
+        norm: Any = self.norm
+        y = conv_ssd_norm(
+            zxBCdt,
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
+            self.dt_bias,
+            self._decay_rates(),
+            self._skip(),
+            norm.weight,
+            headdim=self.headdim,
+            ngroups=self.ngroups,
+            d_state=self.d_state,
+            dt_limit=self.dt_limit,
+            eps=norm.eps,
+            group_size=norm.group_size,
+            norm_before_gate=norm.norm_before_gate,
+            cu_seqlens=cu_seqlens,
+        )
+        return self.out_proj(y)
+
+    def _project_in_aligned(self, u: Tensor) -> Tensor:
+        """in_proj(u), with further columns of 0 that round a row of half types up to 16 bytes.
+
+        With two directions' dt a row often is not a multiple of that, and then the GPU's products
+        of half types, forward and backward, take about twice as long.
+        """
+        weight, bias = self.in_proj.weight, self.in_proj.bias
+        half = torch.is_autocast_enabled("cuda") or u.dtype in HALF
+        further = -weight.shape[0] % 8
+        if not half or further == 0:
+            return self.in_proj(u)
+        return F.linear(
+            u,
+            F.pad(weight, (0, 0, 0, further)),
+            None if bias is None else F.pad(bias, (0, further)),
+        )
 
     def _scan(
         self,
@@ -372,7 +433,7 @@ class Mamba2(nn.Module):
         before = None if state is None else state.conv
         conv: Any = self._operators.causal_conv1d(
             xBC,
-            self.conv1d.weight[:, 0],
+            self.conv1d.weight.squeeze(1),
             self.conv1d.bias,
             activation="silu",
             initial_states=before,
@@ -424,7 +485,7 @@ class Mamba2(nn.Module):
         else:
             mixed = self._operators.causal_conv1d(
                 xBC,
-                self.conv1d.weight[:, 0],
+                self.conv1d.weight.squeeze(1),
                 self.conv1d.bias,
                 activation="silu",
                 cu_seqlens=cu_seqlens,
@@ -442,7 +503,7 @@ class Mamba2(nn.Module):
 
     def _conv_of_directions(self) -> Iterator[tuple[Tensor, Tensor | None, bool]]:
         """Weight, bias and whether it runs in reverse, of each direction's own convolution."""
-        weights = self.conv1d.weight[:, 0].chunk(2)
+        weights = self.conv1d.weight.squeeze(1).chunk(2)
         biases = (None, None) if self.conv1d.bias is None else self.conv1d.bias.chunk(2)
         return zip(weights, biases, (False, True), strict=True)
 

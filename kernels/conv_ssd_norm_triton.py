@@ -1,0 +1,222 @@
+"""Convolution, scan and gated norm on the Triton kernels of each, with one gradient between them.
+
+Registered as torch.ops.mamba2_apps.conv_ssd_norm_triton and ..._backward. Arguments are taken as
+checked: `conv_ssd_norm.py` does that and says what the op computes. Kept for the backward beside
+the inputs: what the convolution and the scan gave.
+
+Dimension legend: batch b · seqlen l · nheads h · headdim p · ngroups g · dstate n
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import causal_conv1d_triton, gated_rms_norm_triton, ssd_triton
+from .dispatch import is_plain
+
+
+class _Sizes(NamedTuple):
+    h: int
+    p: int
+    g: int
+    n: int
+    directions: int
+
+    def parts(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """z (b, l, h p), x B C (b, l, h p + 2 g n) and dt (b, l, h), or (2, b, l, h): views."""
+        h, p, g, n, directions = self
+        b, l, e = rows.shape
+        steps, first, inner = (l * e, e, 1), rows.storage_offset(), h * p
+        channels = inner + 2 * g * n
+        z = rows.as_strided((b, l, inner), steps, first)
+        xBC = rows.as_strided((b, l, channels), steps, first + inner)
+        first += inner + channels
+        if directions == 1:
+            return z, xBC, rows.as_strided((b, l, h), steps, first)
+        return z, xBC, rows.as_strided((2, b, l, h), (h, *steps), first)
+
+    def split(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (b, l, h, p), B and C (b, l, g, n): views."""
+        h, p, g, n, _ = self
+        b, l, e = xBC.shape
+        first = xBC.storage_offset()
+        x = xBC.as_strided((b, l, h, p), (l * e, e, p, 1), first)
+        B, C = (
+            xBC.as_strided((b, l, g, n), (l * e, e, n, 1), first + h * p + i * g * n)
+            for i in range(2)
+        )
+        return x, B, C
+
+
+def _forward(
+    zxBCdt: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor | None,
+    norm_weight: Tensor,
+    cu_seqlens: Tensor | None,
+    headdim: int,
+    ngroups: int,
+    d_state: int,
+    low: float,
+    high: float,
+    eps: float,
+    group_size: int,
+    norm_before_gate: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, and for the backward what the convolution (b, l, h p + 2 g n) and the scan gave."""
+    sizes = _Sizes(A.shape[-1], headdim, ngroups, d_state, A.dim())
+    z, xBC, dt = sizes.parts(zxBCdt.contiguous())
+    mixed, _ = causal_conv1d_triton._forward(
+        xBC, conv_weight, conv_bias, True, None, cu_seqlens, False, False
+    )
+    x, B, C = sizes.split(mixed)
+    scanned, _, _ = ssd_triton._forward(
+        x, dt, A, B, C, D, None, dt_bias, None, cu_seqlens, True, low, high, False, False, False
+    )
+    scanned = scanned.view(z.shape)
+    y = gated_rms_norm_triton._forward(scanned, norm_weight, z, eps, group_size, norm_before_gate)
+    return y, mixed, scanned
+
+
+def _forward_fake(
+    zxBCdt, conv_weight, conv_bias, dt_bias, A, D, norm_weight, cu_seqlens, headdim, ngroups,
+    d_state, low, high, eps, group_size, norm_before_gate,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    b, l, _ = zxBCdt.shape
+    inner, channels = norm_weight.shape[0], conv_weight.shape[0]
+    return tuple(zxBCdt.new_empty(b, l, size) for size in (inner, channels, inner))
+
+
+def _backward(
+    dy: Tensor,
+    zxBCdt: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor | None,
+    norm_weight: Tensor,
+    cu_seqlens: Tensor | None,
+    mixed: Tensor,
+    scanned: Tensor,
+    headdim: int,
+    ngroups: int,
+    d_state: int,
+    low: float,
+    high: float,
+    eps: float,
+    group_size: int,
+    norm_before_gate: bool,
+) -> list[Tensor]:
+    """Gradients of the tensors in the forward's order, without those that are not there."""
+    sizes = _Sizes(A.shape[-1], headdim, ngroups, d_state, A.dim())
+    zxBCdt = zxBCdt.contiguous()
+    gradient, dmixed = torch.empty_like(zxBCdt), torch.empty_like(mixed)
+    (z, xBC, dt), (dz, dxBC, ddt) = sizes.parts(zxBCdt), sizes.parts(gradient)
+    (x, B, C), (dx, dB, dC) = sizes.split(mixed), sizes.split(dmixed)
+    used = z.shape[2] + xBC.shape[2] + A.numel()
+    if used < zxBCdt.shape[2]:
+        gradient[..., used:].zero_()
+    dscanned, dnorm_weight, _ = gated_rms_norm_triton._backward(
+        dy, scanned, norm_weight, z, eps, group_size, norm_before_gate, dz=dz
+    )
+    _, _, dA, _, _, dD, _, ddt_bias, _ = ssd_triton._backward(
+        dscanned.view(x.shape), None, x, dt, A, B, C, D, None, dt_bias, None, cu_seqlens, None,
+        True, low, high, False, into=(dx, ddt, dB, dC),
+    )  # fmt: skip
+    _, dconv_weight, dconv_bias, _ = causal_conv1d_triton._backward(
+        dmixed, None, xBC, conv_weight, conv_bias, True, None, cu_seqlens, False, dx=dxBC
+    )
+    gradients = [gradient, dconv_weight]
+    if conv_bias is not None:
+        gradients.append(dconv_bias)
+    gradients += [ddt_bias, dA]
+    if D is not None:
+        gradients.append(dD)
+    return [*gradients, dnorm_weight]
+
+
+def _backward_fake(dy, *inputs) -> list[Tensor]:
+    return [t.new_empty(t.shape) for t in inputs[:7] if t is not None]
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    *tensors, ctx.headdim, ctx.ngroups, ctx.d_state = inputs[:11]
+    ctx.settings = inputs[11:]
+    _, mixed, scanned = output
+    ctx.mark_non_differentiable(mixed, scanned)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, mixed, scanned)
+
+
+def _differentiate(ctx, dy, *_):
+    saved = ctx.saved_tensors
+    direct = not torch.is_grad_enabled() and is_plain(dy, *saved)
+    run: Any = _backward if direct else torch.ops.mamba2_apps.conv_ssd_norm_triton_backward
+    given = iter(run(dy, *saved, ctx.headdim, ctx.ngroups, ctx.d_state, *ctx.settings))
+    # cu_seqlens and what is no tensor have none.
+    return *(None if t is None else next(given) for t in saved[:7]), *(None,) * 9
+
+
+class _Direct(torch.autograd.Function):
+    """The operator for tensors that need no dispatcher, which takes longer than a small call."""
+
+    forward = staticmethod(_forward)
+    setup_context = staticmethod(_setup_context)
+    backward = staticmethod(_differentiate)
+
+
+def _no_second_derivative(ctx, *grads):
+    raise RuntimeError('the Triton backend has no second derivatives; use backend="torch"')
+
+
+_OP = "mamba2_apps::conv_ssd_norm_triton"
+_TENSORS = (
+    "Tensor zxBCdt, Tensor conv_weight, Tensor? conv_bias, Tensor dt_bias, Tensor A, Tensor? D, "
+    "Tensor norm_weight, Tensor? cu_seqlens"
+)
+_SETTINGS = (
+    "SymInt headdim, SymInt ngroups, SymInt d_state, float low, float high, float eps, "
+    "SymInt group_size, bool norm_before_gate"
+)
+torch.library.define(_OP, f"({_TENSORS}, {_SETTINGS}) -> (Tensor, Tensor, Tensor)")
+torch.library.impl(_OP, ("cpu", "cuda"))(_forward)
+torch.library.register_fake(_OP)(_forward_fake)
+torch.library.register_autograd(_OP, _differentiate, setup_context=_setup_context)
+torch.library.define(
+    f"{_OP}_backward",
+    f"(Tensor dy, {_TENSORS}, Tensor mixed, Tensor scanned, {_SETTINGS}) -> Tensor[]",
+)
+torch.library.impl(f"{_OP}_backward", ("cpu", "cuda"))(_backward)
+torch.library.register_fake(f"{_OP}_backward")(_backward_fake)
+torch.library.register_autograd(f"{_OP}_backward", _no_second_derivative)
+
+
+def conv_ssd_norm(
+    zxBCdt: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor | None,
+    norm_weight: Tensor,
+    cu_seqlens: Tensor | None,
+    headdim: int,
+    ngroups: int,
+    d_state: int,
+    low: float,
+    high: float,
+    eps: float,
+    group_size: int,
+    norm_before_gate: bool,
+) -> Tensor:
+    """`kernels.conv_ssd_norm` on arguments that are already checked."""
+    tensors = zxBCdt, conv_weight, conv_bias, dt_bias, A, D, norm_weight, cu_seqlens
+    run = _Direct.apply if is_plain(*tensors) else torch.ops.mamba2_apps.conv_ssd_norm_triton
+    settings = headdim, ngroups, d_state, low, high, eps, group_size, norm_before_gate
+    y, _, _ = run(*tensors, *settings)
+    return y
