@@ -6,15 +6,19 @@ Inference and training steps (forward, cross-entropy, backward, AdamW), bfloat16
 compiled, DeiT with torch's scaled_dot_product_attention. "without SSD" is our tiny model with a
 product of its inputs in place of the SSD: what the rest of a block costs. A row is a median over
 repetitions after a warm-up; a row that results/vision.json has is not measured again, so a run
-that was cut off goes on. Writes vision.json, vision.md and vision.png into benchmarks/results.
+that was cut off goes on. --workers compiles as many rows side by side and measures them one after
+the other. Writes vision.json, vision.md and vision.png into benchmarks/results.
 """
 
 import argparse
+import contextlib
+import gc
 import json
+import multiprocessing
+import queue
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -54,12 +58,15 @@ def pointwise(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, **_: Any) 
     return x * dt.sum(0)[..., None] * (B * C).sum(-1, keepdim=True)
 
 
-@contextmanager
+@contextlib.contextmanager
 def chosen_ssd(label: str) -> Iterator[None]:
     if "without SSD" not in label:
         yield
         return
-    with mock.patch("mamba2_apps.kernels.ssd_bidirectional", pointwise):
+    with (
+        mock.patch("mamba2_apps.kernels.ssd_bidirectional", pointwise),
+        mock.patch("mamba2_apps.mixer.Mamba2._is_one_operator", return_value=False),
+    ):
         yield
 
 
@@ -91,9 +98,6 @@ def step_of(model: nn.Module, images: Tensor, mode: str) -> Callable[[], object]
 def seconds_of(step: Callable[[], object], device: str, budget: float) -> list[float]:
     """Seconds of each step for `budget` seconds, at least three; the clock waits for the device."""
     wait = torch.cuda.synchronize if device == "cuda" else (lambda: None)
-    for _ in range(3):
-        step()
-    wait()
     times: list[float] = []
     while sum(times) < budget or len(times) < 3:
         start = time.perf_counter()
@@ -103,31 +107,96 @@ def seconds_of(step: Callable[[], object], device: str, budget: float) -> list[f
     return times
 
 
-def measure(row: dict[str, Any], device: str, budget: float) -> dict[str, Any]:
-    """Images a second and peak memory of a row, or why there are none."""
+def build(row: dict[str, Any], device: str) -> Callable[[], object]:
+    """A step of a row, compiled and warm."""
     torch.compiler.reset()
     torch.manual_seed(0)
     size, batch = row["size"], row["batch"]
-    try:
-        with chosen_ssd(row["model"]):
-            model: Any = timm.create_model(MODELS[row["model"]], img_size=size).to(device)
-            if row["compiled"]:
-                model.compile(dynamic=False)
-            step = step_of(model, torch.randn(batch, 3, size, size, device=device), row["mode"])
-            times = seconds_of(step, device, budget)
-            peak = 0.0
-            if device == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-                step()
-                torch.cuda.synchronize()
-                peak = torch.cuda.max_memory_allocated() / 2**30
-    except torch.OutOfMemoryError:
-        return row | {"failed": "out of memory"}
-    finally:
-        if device == "cuda":
-            torch.cuda.empty_cache()
-    rate = batch / statistics.median(times)
+    model: Any = timm.create_model(MODELS[row["model"]], img_size=size).to(device)
+    if row["compiled"]:
+        model.compile(dynamic=False)
+    step = step_of(model, torch.randn(batch, 3, size, size, device=device), row["mode"])
+    for _ in range(3):
+        step()
+    return step
+
+
+def clock(step: Callable[[], object], row: dict[str, Any], budget: float) -> dict[str, Any]:
+    """Images a second and peak memory of a step."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    step()
+    times, peak = seconds_of(step, device, budget), 0.0
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated() / 2**30
+    rate = row["batch"] / statistics.median(times)
     return row | {"images_per_s": round(rate, 1), "peak_gib": round(peak, 3), "steps": len(times)}
+
+
+def work(
+    rows: list[dict[str, Any] | None], budget: float, barrier: Any, turn: Any, out: Any
+) -> None:
+    """Measure rows: all workers build theirs side by side, then take turns at the clock.
+
+    A row that finds no room while others build theirs is built in its turn.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for row in rows:
+        step = None
+        with chosen_ssd(row["model"] if row else ""):
+            for _ in range(4 if row else 0):
+                with contextlib.suppress(torch.OutOfMemoryError):
+                    step = build(row, device)
+                    break
+                _free(device)
+                time.sleep(5)  # others are done with their first steps soon
+            _free(device)
+            barrier.wait()
+            with turn:
+                if row is not None:
+                    try:
+                        out.put(clock(step or build(row, device), row, budget))
+                    except torch.OutOfMemoryError:
+                        out.put(row | {"failed": "out of memory"})
+                    step = None
+                    _free(device)
+        barrier.wait()
+
+
+def _free(device: str) -> None:
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+
+
+def measured(rows: list[dict[str, Any]], workers: int, budget: float) -> Iterator[dict[str, Any]]:
+    """The rows as they are measured, by `workers` processes that share the device."""
+    context = multiprocessing.get_context("spawn")
+    workers = min(workers, len(rows))
+    barrier, turn, out = context.Barrier(workers), context.Lock(), context.Queue()
+    rounds = -(-len(rows) // workers)
+    padded = [*rows, *[None] * (rounds * workers - len(rows))]
+    processes = [
+        context.Process(target=work, args=(padded[i::workers], budget, barrier, turn, out))
+        for i in range(workers)
+    ]
+    for process in processes:
+        process.start()
+    for _ in rows:
+        while True:
+            try:
+                yield out.get(timeout=5)
+                break
+            except queue.Empty:
+                if any(process.exitcode for process in processes):
+                    for process in processes:
+                        process.terminate()
+                    raise SystemExit("a worker failed: see above") from None
+    for process in processes:
+        process.join()
 
 
 def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -216,20 +285,27 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="in place of each size's own")
     parser.add_argument("--seconds", type=float, default=1.0, help="of repetitions for a row")
     parser.add_argument("--compiled-only", action="store_true", help="leave out the eager rows")
+    parser.add_argument("--workers", type=int, default=1, help="rows to compile side by side")
     parser.add_argument("--name", default="vision", help="of the files in results/")
     arguments = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     path = RESULTS / f"{arguments.name}.json"
     rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
     packages = ("mamba2-apps", "torch", "triton", "timm")
     compiled = (True,) if arguments.compiled_only else (True, False)
-    for size, mode, way, model in product(arguments.sizes, MODES, compiled, arguments.models):
-        batch = arguments.batch or BATCH[size]
-        row = {"model": model, "size": size, "batch": batch, "mode": mode, "compiled": way}
-        if found(rows, *key_of(row)):
-            continue
-        rows.append(measure(row, device, arguments.seconds))
-        print(rows[-1], flush=True)
+    todo = [
+        {
+            "model": model,
+            "size": size,
+            "batch": arguments.batch or BATCH[size],
+            "mode": mode,
+            "compiled": way,
+        }
+        for way, mode, size, model in product(compiled, MODES, arguments.sizes, arguments.models)
+    ]
+    todo = [row for row in todo if not found(rows, *key_of(row))]
+    for row in measured(todo, arguments.workers, arguments.seconds) if todo else ():
+        rows.append(row)
+        print(row, flush=True)
         write_record(arguments.name, packages, {"dtype": "bfloat16 autocast", "rows": rows})
     (RESULTS / f"{arguments.name}.md").write_text(table(rows), encoding="utf-8")
     draw(rows, RESULTS / f"{arguments.name}.png")

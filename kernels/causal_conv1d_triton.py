@@ -19,22 +19,25 @@ over tokens leave each program as fp32 partials, which a second kernel adds in a
 # mypy: disable-error-code="assignment"
 # (a kernel's tuples grow, and Triton takes no annotation that would say so)
 
+from operator import itemgetter
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .dispatch import is_plain
+from .launching import Launch, Prepared, on, prepare
 
-TILE_TOKENS = 32  # forward: tokens a program
+TILE_TOKENS = 16  # forward: tokens a program
 FORWARD_CHANNELS = 128
 FORWARD_WARPS = 4
-RUNS = 8  # backward: runs a program; fewer for wide filters, whose taps take the registers
+RUNS = 4  # backward: runs a program; fewer for wide filters, whose taps take the registers
 STRETCH = 4  # backward: tokens of a run that are loaded at once; 1 for filters wider than 4 taps,
 # whose unrolled code would take many seconds to compile
 BACKWARD_CHANNELS = 64
-BACKWARD_WARPS = 4
-MAX_RUN = 32  # backward: tokens a run; shorter where that leaves too few programs to fill a GPU
+BACKWARD_WARPS = 1
+MAX_RUN = 61  # backward: tokens a run; shorter where that leaves too few programs to fill a GPU
 MIN_RUN = 8
 MANY_PROGRAMS = 1024
 
@@ -404,6 +407,59 @@ def _block_of_channels(d: int, most: int) -> int:
     return min(most, triton.next_power_of_2(d))
 
 
+class _Forward(Prepared):
+    # x, weight, bias, initial_states, cu_seqlens, y, final
+    ALL = itemgetter(0, 1, 2, 3, 4, 5, 6)
+
+    def __init__(self, tensors, silu: bool, reverse: bool) -> None:
+        x, weight, _, _, cu_seqlens, _, final = tensors
+        super().__init__(x.device)
+        (b, l, d), width = x.shape, weight.shape[1]
+        n_seq, n_halvings = _pack(x, cu_seqlens)
+        channels = _block_of_channels(d, FORWARD_CHANNELS)
+        n_blocks, n_tiles = triton.cdiv(d, channels), triton.cdiv(l, TILE_TOKENS)
+        programs = b * n_tiles * n_blocks
+        rest = (
+            l, d, n_seq, n_halvings, n_tiles, programs, *x.stride(), width, silu, reverse,
+            TILE_TOKENS, channels, triton.next_power_of_2(width),
+        )  # fmt: skip
+        programs += (final is not None) * n_seq * n_blocks
+        self.launches = [Launch(_forward_kernel, programs, FORWARD_WARPS, self.ALL, rest)]
+
+
+class _Backward(Prepared):
+    # dy, dfinal, x, weight, bias, initial_states, cu_seqlens, dx, partials, dinitial, dweight,
+    # dbias
+    WALK = itemgetter(0, 1, 2, 3, 4, 5, 6, 7, 8, 9)
+    SUM = itemgetter(8, 10, 11)
+
+    def __init__(self, tensors, silu: bool, reverse: bool) -> None:
+        dy, _, x, weight, bias, initial_states, cu_seqlens, dx = tensors
+        super().__init__(x.device)
+        (b, l, d), width = x.shape, weight.shape[1]
+        n_seq, n_halvings = _pack(x, cu_seqlens)
+        channels = _block_of_channels(d, BACKWARD_CHANNELS)
+        n_blocks = triton.cdiv(d, channels)
+        runs = max(1, min(RUNS, 32 // triton.next_power_of_2(width)))
+        run = min(MAX_RUN, max(MIN_RUN, b * l * n_blocks // (runs * MANY_PROGRAMS)))
+        n_tiles = triton.cdiv(l, runs * run)
+        run = triton.cdiv(l, runs * n_tiles)
+        rows = width + (bias is not None)
+        self.partials = b * n_tiles, rows, d
+        programs = b * n_tiles * n_blocks
+        walk = (
+            l, d, n_seq, n_halvings, n_tiles, programs, run, *x.stride(), *dy.stride(),
+            *dx.stride()[:2], width, silu, reverse, runs, STRETCH if width <= 4 else 1, channels,
+            triton.next_power_of_2(width),
+        )  # fmt: skip
+        programs += (initial_states is not None) * n_seq * n_blocks
+        total = b * n_tiles, d, width, 128, 32
+        self.launches = [
+            Launch(_backward_kernel, programs, BACKWARD_WARPS, self.WALK, walk),
+            Launch(_sum_partials_kernel, rows * triton.cdiv(d, 32), 4, self.SUM, total),
+        ]
+
+
 def _forward(
     x: Tensor,
     weight: Tensor,
@@ -414,39 +470,17 @@ def _forward(
     reverse: bool,
     return_final_states: bool,
 ) -> tuple[Tensor, Tensor]:
-    (b, l, d), width = x.shape, weight.shape[1]
-    n_seq, n_halvings = _pack(x, cu_seqlens)
-    y = x.new_empty(b, l, d)
-    final = x.new_empty(n_seq, width - 1, d) if return_final_states else x.new_empty(0)
-    channels = _block_of_channels(d, FORWARD_CHANNELS)
-    n_blocks = triton.cdiv(d, channels)
-    n_tiles = triton.cdiv(l, TILE_TOKENS)
-    n_tile_programs = b * n_tiles * n_blocks
-    write_final = final.numel() > 0
-    with torch.cuda.device_of(x):
-        _forward_kernel[(n_tile_programs + write_final * n_seq * n_blocks,)](
-            x,
-            weight.contiguous(),
-            _contiguous(bias),
-            _contiguous(initial_states) if width > 1 else None,
-            _contiguous(cu_seqlens),
-            y,
-            final if write_final else None,
-            l,
-            d,
-            n_seq,
-            n_halvings,
-            n_tiles,
-            n_tile_programs,
-            *x.stride(),
-            WIDTH=width,
-            SILU=silu,
-            REVERSE=reverse,
-            TOKENS=TILE_TOKENS,
-            CHANNELS=channels,
-            SLOTS=triton.next_power_of_2(width),
-            num_warps=FORWARD_WARPS,
-        )
+    with on(x.device):
+        (b, l, d), width = x.shape, weight.shape[1]
+        n_seq, _ = _pack(x, cu_seqlens)
+        y = torch.empty((b, l, d), dtype=x.dtype, device=x.device)
+        final = x.new_empty((n_seq, width - 1, d) if return_final_states else (0,))
+        tensors = (
+            x, weight.contiguous(), _contiguous(bias),
+            _contiguous(initial_states) if width > 1 else None, _contiguous(cu_seqlens), y,
+            final if final.numel() > 0 else None,
+        )  # fmt: skip
+        prepare(_Forward, tensors, silu, reverse).run(tensors)
     return y, final
 
 
@@ -471,67 +505,24 @@ def _backward(
     dx: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weight, bias and the initial states; x's in `dx` where that is given."""
-    (b, l, d), width = x.shape, weight.shape[1]
-    n_seq, n_halvings = _pack(x, cu_seqlens)
-    dx = x.new_empty(x.shape) if dx is None else dx
-    dweight, dbias, dinitial = (
-        x.new_empty(0) if t is None else t.new_empty(t.shape)
-        for t in (weight, bias, initial_states)
-    )
-    carried = dinitial.numel() > 0
-    # The output is empty where no final states were asked for, and so may its gradient be.
-    has_final = dfinal is not None and dfinal.numel() > 0
-    channels = _block_of_channels(d, BACKWARD_CHANNELS)
-    n_blocks = triton.cdiv(d, channels)
-    runs = max(1, min(RUNS, 32 // triton.next_power_of_2(width)))
-    run = min(MAX_RUN, max(MIN_RUN, b * l * n_blocks // (runs * MANY_PROGRAMS)))
-    n_tiles = triton.cdiv(l, runs * run)
-    run = triton.cdiv(l, runs * n_tiles)
-    n_tile_programs = b * n_tiles * n_blocks
-    rows_of_partial = width + (bias is not None)
-    partials = x.new_empty(b * n_tiles, rows_of_partial, d, dtype=torch.float32)
-    with torch.cuda.device_of(x):
-        _backward_kernel[(n_tile_programs + carried * n_seq * n_blocks,)](
-            dy,
-            _contiguous(dfinal) if has_final else None,
-            x,
-            weight.contiguous(),
-            _contiguous(bias),
-            _contiguous(initial_states) if carried else None,
-            _contiguous(cu_seqlens),
-            dx,
-            partials,
-            dinitial if carried else None,
-            l,
-            d,
-            n_seq,
-            n_halvings,
-            n_tiles,
-            n_tile_programs,
-            run,
-            *x.stride(),
-            *dy.stride(),
-            *dx.stride()[:2],
-            WIDTH=width,
-            SILU=silu,
-            REVERSE=reverse,
-            RUNS=runs,
-            STRETCH=STRETCH if width <= 4 else 1,
-            CHANNELS=channels,
-            SLOTS=triton.next_power_of_2(width),
-            num_warps=BACKWARD_WARPS,
+    with on(x.device):
+        dx = x.new_empty(x.shape) if dx is None else dx
+        dweight, dbias, dinitial = (
+            x.new_empty(0) if t is None else t.new_empty(t.shape)
+            for t in (weight, bias, initial_states)
         )
-        _sum_partials_kernel[(rows_of_partial * triton.cdiv(d, 32),)](
-            partials,
-            dweight,
-            dbias if bias is not None else None,
-            b * n_tiles,
-            d,
-            WIDTH=width,
-            PARTIALS=128,
-            CHANNELS=32,
-            num_warps=4,
-        )
+        carried = dinitial.numel() > 0
+        # The output is empty where no final states were asked for, and so may its gradient be.
+        has_final = dfinal is not None and dfinal.numel() > 0
+        tensors = (
+            dy, _contiguous(dfinal) if has_final else None, x, weight.contiguous(),
+            _contiguous(bias), _contiguous(initial_states) if carried else None,
+            _contiguous(cu_seqlens), dx,
+        )  # fmt: skip
+        call = prepare(_Backward, tensors, silu, reverse)
+        partials = torch.empty(call.partials, dtype=torch.float32, device=x.device)
+        of_initial, of_bias = dinitial if carried else None, None if bias is None else dbias
+        call.run((*tensors, partials, of_initial, dweight, of_bias))
     return dx, dweight, dbias, dinitial
 
 

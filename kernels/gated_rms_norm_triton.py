@@ -9,17 +9,22 @@ inputs. Its programs walk over many rows and keep their share of dweight in regi
 kernel adds those shares in a fixed order.
 """
 
+from operator import itemgetter
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .dispatch import is_plain
+from .launching import Launch, Prepared, on, prepare
 
-TILE = 2048  # elements a program works on at once, where a group is not larger
+# Elements that a program works on at once, where a group is not larger, and elements a thread.
+FORWARD_TILE = 2048
+FORWARD_THREAD = 16
+BACKWARD_TILE = 512  # many small programs hide each other's loads
+BACKWARD_THREAD = 32
 MOST_ROWS = 16
-FORWARD_THREAD = 16  # elements a thread; the backward holds five tensors of them in registers
-BACKWARD_THREAD = 8
 BACKWARD_PROGRAMS = 1024  # at most, so that the shares of dweight stay few beside the rows
 
 
@@ -127,46 +132,64 @@ def _sum_partials_kernel(
     tl.store(dweight_ptr + c, tl.sum(total, axis=0), mask=c < d)
 
 
-def _rows(t: Tensor) -> tuple[Tensor, int]:
-    """`t` as (rows, d) with channels side by side, and how far rows are apart; a view if it can."""
+class _Forward(Prepared):
+    # x, weight, z, y
+    ALL = itemgetter(0, 1, 2, 3)
+
+    def __init__(self, tensors, eps: float, size: int, norm_before_gate: bool) -> None:
+        x, _, z, _ = tensors
+        super().__init__(x.device)
+        n_rows, d = x.shape
+        channels = triton.next_power_of_2(size)
+        rows = max(1, min(MOST_ROWS, FORWARD_TILE // channels))
+        warps = min(32, max(4, rows * channels // (32 * FORWARD_THREAD)))
+        rest = (
+            n_rows, d, size, x.stride(0), 0 if z is None else z.stride(0), eps, norm_before_gate,
+            rows, channels,
+        )  # fmt: skip
+        programs = triton.cdiv(n_rows, rows) * (d // size)
+        self.launches = [Launch(_forward_kernel, programs, warps, self.ALL, rest)]
+
+
+class _Backward(Prepared):
+    # dy, x, weight, z, dx, dz, partials, dweight
+    WALK = itemgetter(0, 1, 2, 3, 4, 5, 6)
+    SUM = itemgetter(6, 7)
+
+    def __init__(self, tensors, eps: float, size: int, norm_before_gate: bool) -> None:
+        dy, x, _, z, _, dz = tensors
+        super().__init__(x.device)
+        n_rows, d = x.shape
+        channels = triton.next_power_of_2(size)
+        rows = max(1, min(MOST_ROWS, BACKWARD_TILE // channels))
+        warps = min(32, max(2, rows * channels // (32 * BACKWARD_THREAD)))
+        n_groups = d // size
+        n_steps = triton.cdiv(n_rows, rows * max(1, BACKWARD_PROGRAMS // n_groups))
+        n_partials = triton.cdiv(n_rows, rows * n_steps)
+        self.partials = n_partials, d
+        strides = dy.stride(0), x.stride(0), *((0, 0) if z is None else (z.stride(0), dz.stride(0)))
+        walk = n_rows, n_steps, d, size, *strides, eps, norm_before_gate, rows, channels
+        programs = n_partials * n_groups
+        self.launches = [
+            Launch(_backward_kernel, programs, warps, self.WALK, walk),
+            Launch(_sum_partials_kernel, triton.cdiv(d, 16), 4, self.SUM, (n_partials, d, 256, 16)),
+        ]
+
+
+def _rows(t: Tensor) -> Tensor:
+    """`t` as (rows, d) with channels side by side; a view if it can be."""
     t = t.reshape(-1, t.shape[-1])
-    if t.stride(1) != 1 and t.shape[1] > 1:
-        t = t.contiguous()
-    return t, t.stride(0)
-
-
-def _blocks(size: int, thread: int) -> tuple[int, int, int]:
-    """Rows and channels of a tile, and its warps."""
-    channels = triton.next_power_of_2(size)
-    rows = max(1, min(MOST_ROWS, TILE // channels))
-    return rows, channels, min(32, max(4, rows * channels // (32 * thread)))
+    return t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous()
 
 
 def _forward(
     x: Tensor, weight: Tensor, z: Tensor | None, eps: float, group_size: int, norm_before_gate: bool
 ) -> Tensor:
-    y = x.new_empty(x.shape)
-    x, stride_x = _rows(x)
-    z, stride_z = (None, 0) if z is None else _rows(z)
-    n_rows, d = x.shape
-    rows, channels, warps = _blocks(group_size, FORWARD_THREAD)
-    with torch.cuda.device_of(x):
-        _forward_kernel[(triton.cdiv(n_rows, rows) * (d // group_size),)](
-            x,
-            weight.contiguous(),
-            z,
-            y,
-            n_rows,
-            d,
-            group_size,
-            stride_x,
-            stride_z,
-            eps,
-            NORM_BEFORE_GATE=norm_before_gate,
-            ROWS=rows,
-            CHANNELS=channels,
-            num_warps=warps,
-        )
+    with on(x.device):
+        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        tensors = _rows(x), weight.contiguous(), None if z is None else _rows(z), y
+        call = prepare(_Forward, tensors, eps, group_size, norm_before_gate)
+        call.run(tensors)
     return y
 
 
@@ -185,45 +208,18 @@ def _backward(
     dz: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and z; z's in `dz` where that is given, a part of wider rows."""
-    dx, dweight = x.new_empty(x.shape), weight.new_empty(weight.shape)
-    if dz is None:
-        dz = x.new_empty(0) if z is None else z.new_empty(z.shape)
-    stride_dz = dz.shape[-1] if dz.dim() < 2 else dz.stride(-2)
-    dy, stride_dy = _rows(dy)
-    x, stride_x = _rows(x)
-    z, stride_z = (None, 0) if z is None else _rows(z)
-    n_rows, d = x.shape
-    n_groups = d // group_size
-    rows, channels, warps = _blocks(group_size, BACKWARD_THREAD)
-    n_steps = triton.cdiv(n_rows, rows * max(1, BACKWARD_PROGRAMS // n_groups))
-    n_partials = triton.cdiv(n_rows, rows * n_steps)
-    partials = x.new_empty(n_partials, d, dtype=torch.float32)
-    with torch.cuda.device_of(x):
-        _backward_kernel[(n_partials * n_groups,)](
-            dy,
-            x,
-            weight.contiguous(),
-            z,
-            dx,
-            None if z is None else dz,
-            partials,
-            n_rows,
-            n_steps,
-            d,
-            group_size,
-            stride_dy,
-            stride_x,
-            stride_z,
-            stride_dz,
-            eps,
-            NORM_BEFORE_GATE=norm_before_gate,
-            ROWS=rows,
-            CHANNELS=channels,
-            num_warps=warps,
-        )
-        _sum_partials_kernel[(triton.cdiv(d, 16),)](
-            partials, dweight, n_partials, d, PARTIALS=256, CHANNELS=16, num_warps=4
-        )
+    with on(x.device):
+        dx, dweight = x.new_empty(x.shape), weight.new_empty(weight.shape)
+        if dz is None:
+            dz = x.new_empty(0) if z is None else x.new_empty(z.shape)
+        tensors = (
+            _rows(dy), _rows(x), weight.contiguous(),
+            *((None, None) if z is None else (_rows(z), dz.view(-1, x.shape[-1]))),
+        )  # fmt: skip
+        dy, x, weight, z, to_dz = tensors
+        call = prepare(_Backward, (dy, x, weight, z, dx, to_dz), eps, group_size, norm_before_gate)
+        partials = torch.empty(call.partials, dtype=torch.float32, device=x.device)
+        call.run((dy, x, weight, z, dx, to_dz, partials, dweight))
     return dx, dweight, dz
 
 

@@ -14,7 +14,6 @@ without a subclass, or a mode of torch to hear of them, pass by torch's dispatch
 longer than a small forward.
 """
 
-import contextlib
 from typing import Any
 
 import torch
@@ -22,8 +21,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .dispatch import is_plain
+from .launching import on, prepare
 from .ssd_triton_backward import gate_backward_kernel
-from .ssd_triton_launch import Backward, ChunkedForward, Forward, prepare
+from .ssd_triton_launch import Backward, ChunkedForward, Forward
 from .ssd_triton_plan import stores_states
 
 GATE_BLOCK = 1024
@@ -96,12 +96,12 @@ def _forward(
     return_final_states, save_ungated,
 ):  # fmt: skip
     """y, the final states and y before the gate; None for what was not asked for."""
-    with _on(x.device):
+    with on(x.device):
         tensors = _dense((x, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens))
         settings = dt_softplus, low, high, reverse
         stored = stores_states(2 if dt.dim() == 4 else 1, B.shape[-1])
         design = ChunkedForward if stored else Forward
-        call = prepare(design, tensors, settings, None, return_final_states, save_ungated)
+        call = prepare(design, tensors, settings, return_final_states, save_ungated)
         y = torch.empty(call.shape, dtype=x.dtype, device=x.device)
         final = ungated = workspace = states = None
         if return_final_states:
@@ -124,14 +124,15 @@ def _backward(
     into: where the gradients of x, dt, B and C go, all shared by the directions: parts of the last
     dimension of tensors (b, l, …), dt's (2, b, l, h) for both directions side by side there.
     """
-    with _on(x.device):
+    with on(x.device):
         tensors = _dense((x, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens))
         settings = dt_softplus, low, high, reverse
         dz = dinit = None
         if z is not None:
             dy, dz = _gate_backward(dy, z, ungated)
         dfinal = None if dfinal is None else dfinal.contiguous()
-        call = prepare(Backward, tensors, settings, dy, dfinal is not None, _layout(into, dt))
+        of_dfinal = dfinal is not None
+        call = prepare(Backward, (*tensors, dy), settings, of_dfinal, _layout(into, dt))
         workspace = torch.empty(call.floats, dtype=torch.float32, device=x.device)
         states = call.states_in(workspace)
         if into is None:
@@ -189,12 +190,6 @@ def _layout(into: tuple[Tensor, ...] | None, dt: Tensor) -> tuple[int, ...] | No
 def _present(t: Tensor | None, like: Tensor) -> Tensor:
     """Operators return tensors only: an empty one stands for none."""
     return torch.empty(0, dtype=like.dtype, device=like.device) if t is None else t
-
-
-def _on(device: torch.device) -> Any:
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        return torch.cuda.device(device)
-    return contextlib.nullcontext()
 
 
 def _fake_forward(

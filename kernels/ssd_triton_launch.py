@@ -1,26 +1,20 @@
-"""The launches of a call, prepared once for its shapes, strides and flags.
+"""The launches of an SSD call, from its shapes, strides and flags.
 
 Dimension legend: batch b · seqlen l · nheads h · headdim p · ngroups g · dstate n · chunk q
-
-A small shape takes less time on the GPU than Triton's launcher takes to look at sixty arguments, so
-the kernels compiled for a call are kept and called directly, with bare addresses.
 """
 
 import functools
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
-from triton import knobs
-from triton.runtime import driver
 
 from . import ssd_triton_interpreter  # noqa: F401
 from . import ssd_triton_plan as planning
-from .dispatch import interpreting
+from .launching import Launch, Prepared
 from .ssd_triton_backward import (
     chunk_backward_kernel,
     reduce_kernel,
@@ -50,80 +44,23 @@ def _precision(dtype: torch.dtype) -> str:
     return "tf32x3"
 
 
-class Launch(NamedTuple):
-    kernel: Any
-    programs: int
-    warps: int
-    tensors: itemgetter  # which of the call's tensors come first
-    rest: tuple  # the arguments after them
+class _WithStates(Prepared):
+    """A call whose workspace may hold states, which are of x's dtype."""
 
-
-class _Prepared:
-    """Launches that calls of equal shapes, strides and flags have in common."""
-
-    launches: list[Launch]
     states = 0  # offset into the workspace
 
     def __init__(self, x: Tensor) -> None:
-        self.device_index = x.device.index
+        super().__init__(x.device)
         self.dtype = x.dtype
-        self.compiled: dict[Any, list[Any]] = {}
 
     def states_in(self, workspace: Tensor) -> Tensor:
-        """Where a workspace holds states, which are of x's dtype."""
         return workspace[self.states :].view(self.dtype)
-
-    def run(self, tensors: Sequence[Tensor]) -> None:
-        """kernel[grid](*args) for each, but Triton looks at the arguments the first time only."""
-        pointers = [t.data_ptr() for t in tensors]
-        union = 0
-        for pointer in pointers:
-            union |= pointer
-        # Triton compiles for pointers that are multiples of 16, and again for each set that is not.
-        aligned = None if union % 16 == 0 else tuple(pointer % 16 == 0 for pointer in pointers)
-        compiled = self.compiled.get(aligned)
-        if compiled is None:
-            self.compiled[aligned] = self._first_run(tensors)
-        elif compiled and not _is_watched():
-            stream = driver.active.get_current_stream(self.device_index)
-            for run, function, metadata, programs, pick, rest in compiled:
-                run(
-                    programs, 1, 1, stream, function, metadata, None, None, None,
-                    *pick(pointers), *rest,
-                )  # fmt: skip
-        else:  # the interpreter, or a profiler that wants to know more
-            for kernel, programs, warps, pick, rest in self.launches:
-                kernel[(programs,)](*pick(tensors), *rest, num_warps=warps)
-
-    def _first_run(self, tensors: Sequence[Tensor]) -> list[Any]:
-        if interpreting():
-            for kernel, programs, _, pick, rest in self.launches:
-                kernel[(programs,)](*pick(tensors), *rest)
-            return []
-        # The compilers leave Python's lock: what is not in Triton's cache is built side by side.
-        device = torch.cuda.current_device()
-
-        def build(launch: Launch) -> None:
-            kernel, programs, warps, pick, rest = launch
-            torch.cuda.set_device(device)
-            kernel.warmup(*pick(tensors), *rest, grid=(programs,), num_warps=warps)._init_handles()
-
-        distinct = {launch.kernel: launch for launch in self.launches}
-        with ThreadPoolExecutor(len(distinct)) as pool:
-            list(pool.map(build, distinct.values()))
-        compiled = []
-        for kernel, programs, warps, pick, rest in self.launches:
-            built = kernel[(programs,)](*pick(tensors), *rest, num_warps=warps)
-            compiled.append(
-                (built.run, built.function, built.packed_metadata, programs, pick, rest)
-            )
-        return compiled
 
 
 class _Call:
     """What the arguments of a call say, whatever their values."""
 
-    def __init__(self, tensors: tuple[Any, ...], settings: tuple) -> None:
+    def __init__(self, tensors: Sequence[Any], settings: tuple) -> None:
         x, dt, _, B, C, D, z, dt_bias, initial_states, cu_seqlens = tensors
         self.softplus, self.low, self.high, reverse = settings
         self.reverse = int(reverse)
@@ -151,7 +88,7 @@ class _Call:
         self.state_shape = (*pair, self.nseq or self.b, self.h, self.p, self.n)
 
 
-class Forward(_Prepared):
+class Forward(_WithStates):
     # x, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens, y, ungated, final, workspace
     SCAN = itemgetter(0, 3, 0, 4, 1, 2, 7, 8, 12, 13, 13, 9, 13, 13)
     CARRY = itemgetter(13, 13, 12, 13)
@@ -198,7 +135,7 @@ class Forward(_Prepared):
         self.launches.append(Launch(forward_kernel, programs, cut.forward_warps, self.WALK, walk))
 
 
-class ChunkedForward(_Prepared):
+class ChunkedForward(_WithStates):
     # As Forward, and the states.
     SCAN = itemgetter(0, 3, 0, 4, 1, 2, 7, 8, 12, 13, 13, 9, 13, 14)
     CARRY = itemgetter(13, 14, 12, 13)
@@ -249,7 +186,7 @@ class ChunkedForward(_Prepared):
         return launches
 
 
-class Backward(_Prepared):
+class Backward(_WithStates):
     # x, dt, A, B, C, D, dt_bias, initial_states, cu_seqlens, dy, dfinal, workspace, states,
     # dx, ddt, dA, dB, dC, dD, dbias, dinit
     SCAN = itemgetter(0, 3, 9, 4, 1, 2, 6, 7, 11, 10, 20, 8, 11, 12)
@@ -260,8 +197,9 @@ class Backward(_Prepared):
     STEP = itemgetter(1, 2, 6, 14, 8, 11)
     REDUCE = itemgetter(11, 15, 19, 18, 16, 17)
 
-    def __init__(self, tensors, settings, dy: Tensor, has_dfinal: bool, layout: Any) -> None:
+    def __init__(self, tensors, settings, has_dfinal: bool, layout: Any) -> None:
         super().__init__(tensors[0])
+        *tensors, dy = tensors
         self.call = c = _Call(tensors, settings)
         contiguous = c.h * c.p, c.g * c.n, c.b * c.l * c.h, c.h
         self.dx_sl, self.shared_sl, *of_ddt = layout or contiguous
@@ -363,29 +301,3 @@ def _strides(t: Tensor, dims: int) -> tuple[int, ...]:
 
 def _segment_block(segments: int) -> int:
     return max(2, min(SEGMENT_BLOCK, triton.next_power_of_2(segments)))
-
-
-def _is_watched() -> bool:
-    """Whether a profiler asked Triton to be told of launches."""
-    hook = knobs.runtime.launch_enter_hook
-    return hook is not None and bool(getattr(hook, "calls", True))
-
-
-_prepared: dict[Any, Any] = {}
-_MOST_PREPARED = 4096
-
-
-def prepare(make: type, tensors, settings, dy: Tensor | None, *flags: Any) -> Any:
-    """The prepared call for these shapes, strides, dtypes and flags, made on its first use."""
-    key = (
-        make, settings, flags, torch.backends.cuda.matmul.allow_tf32, tensors[0].device,
-        None if dy is None else dy.stride(),
-        *[None if t is None else (t.shape, t.stride(), t.dtype) for t in tensors],
-    )  # fmt: skip
-    prepared = _prepared.get(key)
-    if prepared is None:
-        if len(_prepared) >= _MOST_PREPARED:
-            _prepared.clear()
-        rest = flags if dy is None else (dy, *flags)
-        prepared = _prepared[key] = make(tensors, settings, *rest)
-    return prepared

@@ -82,7 +82,7 @@ def test_groups_of_one_channel():
 
 
 def test_a_group_larger_than_a_tile():
-    check((3, 2, op.TILE + 1))
+    check((3, 2, op.FORWARD_TILE + 1))
 
 
 def test_a_program_of_the_backward_walks_over_several_tiles(monkeypatch):

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from mamba2_apps.kernels import (
+    launching,
     ssd,
     ssd_bidirectional,
     ssd_triton,
@@ -49,7 +50,7 @@ def use_tiling(monkeypatch, **changes):
     monkeypatch.setattr(
         ssd_triton_plan, "tiling", lambda *sizes: dataclasses.replace(rule(*sizes), **changes)
     )
-    monkeypatch.setattr(ssd_triton_launch, "_prepared", {})
+    monkeypatch.setattr(launching, "_prepared", {})
 
 
 def draw(
@@ -346,7 +347,7 @@ def test_designs_and_parts_on_gpu(monkeypatch, dstate_from, n, direction):
     monkeypatch.setattr(ssd_triton_plan, "CHUNKED_DSTATE", dstate_from)
     monkeypatch.setattr(ssd_triton_plan, "MOST_WORKSPACE", 1_000_000)
     monkeypatch.setattr(ssd_triton_plan, "MOST_STATES", 1_000_000)
-    monkeypatch.setattr(ssd_triton_launch, "_prepared", {})
+    monkeypatch.setattr(launching, "_prepared", {})
     torch.manual_seed(0)
     case, options = split_options(direction)
     shape = {"b": 5, "l": 1100, "h": 3, "p": 72, "n": n, "dtype": torch.bfloat16}
