@@ -8,8 +8,9 @@ once, which share a GPU.
 import argparse
 import json
 import multiprocessing
+import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -18,16 +19,52 @@ from _record import RESULTS
 
 
 def arguments(name: str, text: str | None) -> argparse.ArgumentParser:
-    """Options that every one of these scripts has."""
+    """Options that every one of these scripts has; --seeds is how many."""
+    parser = _arguments_but_seeds(name, text)
+    parser.add_argument("--seeds", type=int, default=3)
+    return parser
+
+
+def arguments_of_runs(name: str, text: str | None, folder: str) -> argparse.ArgumentParser:
+    """Options of the scripts that keep the RUN of each fit; --seeds are the seeds themselves."""
+    parser = _arguments_but_seeds(name, text)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--runs", type=Path, default=Path(folder), help="folder of the RUNs")
+    parser.add_argument("--name", default=name, help="of the result files")
+    parser.set_defaults(fits=None)
+    return parser
+
+
+def _arguments_but_seeds(name: str, text: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=text, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--fits", type=Path, default=RESULTS / f"{name}.jsonl")
-    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=1, help="fits at once")
     parser.add_argument("--minutes", type=float, default=1e9, help="start no fit after these")
     parser.add_argument("overrides", nargs="*", help="keys of the recipe, after --")
     return parser
+
+
+def parse_of_runs(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Parse the command line; the fits are in results/NAME.jsonl where no other file is given."""
+    options = parser.parse_args()
+    options.fits = options.fits or RESULTS / f"{options.name}.jsonl"
+    return options
+
+
+def train_into(
+    folder: Path, key: str, recipe: str, words: Sequence[str]
+) -> tuple[Path, dict[str, Any]]:
+    """Train into a new folder inside `folder`; return that RUN and its metrics.
+
+    A fit that was stopped leaves its folder, and is trained again into another.
+    """
+    from mamba2_apps import catalog, runs
+
+    folder.mkdir(parents=True, exist_ok=True)
+    run = Path(tempfile.mkdtemp(prefix=key.replace(" | ", "-") + "-", dir=folder))
+    return run, runs.train(catalog.find(recipe), run, words)
 
 
 def read_fits(path: Path) -> dict[str, dict[str, Any]]:

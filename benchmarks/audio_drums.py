@@ -1,6 +1,6 @@
 """The drums recipe, leaving out one author at a time, beside simple models on the same clips.
 
-    python benchmarks/audio_drums.py --data data/drums --runs runs/drums --at-once 4
+    python benchmarks/audio_drums.py --data data/drums --runs runs/drums --jobs 4
 
 For every author and seed the recipe trains on the other authors; one of these chooses the epoch.
 Accuracy is pooled over all clips, and given without the two kits whose labels are doubtful, too.
@@ -10,19 +10,18 @@ over all authors. Sizes and augmentation were set beforehand, tried by leaving o
 macarthur and pavlov in turn, and kept after a weaker augmentation on pavlov and bja and a stronger
 one on pavlov did worse; grilli's clips were left out of all that.
 
-Rows go to results/audio_drums.jsonl as they come, so that a stopped benchmark goes on; the summary
-is results/audio_drums.json.
+Each fit is a line of results/audio_drums.jsonl when it ends, and is not run again; the summary is
+results/audio_drums.json. Keys of the recipe come after --.
 """
 
 import argparse
 import csv
 import statistics
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _audio_fits import metrics_of, train_all
+from _fits import arguments_of_runs, do_fits, parse_of_runs, train_into
 from _record import write_record
 
 import mamba2_apps
@@ -35,6 +34,31 @@ DOUBTFUL = ("rumpf_kit_z01_h2", "Audiophob")
 COLUMNS = {"path": "file", "group": "author"}
 
 
+def fit(key: str, data: Path, folder: Path, overrides: list[str]) -> dict[str, Any]:
+    """Train without one author; answers for the clips of this author."""
+    author, seed = key.split(" | ")
+    table = data / "manifest.csv"
+    source = [f"--data.source={table}", f"--data.test_groups=[{author}]", "--data.compare=false"]
+    words = [*source, f"--seed={seed}", *overrides]
+    run, metrics = train_into(folder, key, "audio/drums", words)
+    clips = read_table(table, "label", columns=COLUMNS)
+    answers = mamba2_apps.load(run).predict([clip.path for clip in clips if clip.group == author])
+    accuracy = metrics["test"]["accuracy"]
+    return {
+        "author": author,
+        "seed": int(seed),
+        "accuracy": accuracy,
+        "epoch": metrics["best_epoch"]["epoch"],
+        "parameters": metrics["parameters"],
+        "seconds": metrics["seconds"],
+        "answers": {
+            Path(answer["input"]).relative_to(data).as_posix(): answer["label"]
+            for answer in answers
+        },
+        "summary": f"accuracy {accuracy:.4f}, {metrics['seconds']:.0f} s",
+    }
+
+
 def main() -> None:
     options = parse()
     table = options.data / "manifest.csv"
@@ -43,27 +67,12 @@ def main() -> None:
         kits = {str(table.parent / row["file"]): row["kit"] for row in csv.DictReader(file)}
     authors = options.authors or sorted({str(clip.group) for clip in clips})
 
-    def words(job: Mapping[str, Any]) -> list[str]:
-        held_out = f"--data.test_groups=[{job['author']}]"
-        source = [f"--data.source={table}", held_out, "--data.compare=false"]
-        return ["audio/drums", *source, f"--seed={job['seed']}", *options.words]
-
-    def finish(job: Mapping[str, Any], run: Path) -> dict[str, Any]:
-        paths = [clip.path for clip in clips if clip.group == job["author"]]
-        answers = mamba2_apps.load(run).predict(paths)
-        metrics = metrics_of(run)
-        return {
-            "accuracy": metrics["test"]["accuracy"],
-            "epoch": metrics["best_epoch"]["epoch"],
-            "parameters": metrics["parameters"],
-            "answers": {
-                Path(answer["input"]).relative_to(options.data).as_posix(): answer["label"]
-                for answer in answers
-            },
-        }
-
-    jobs = [{"author": a, "seed": s} for s in options.seeds for a in authors]
-    rows = train_all(options.name, jobs, words, finish, runs=options.runs, at_once=options.at_once)
+    keys = [f"{author} | {seed}" for seed in options.seeds for author in authors]
+    todo = (options.data, options.runs, options.overrides)
+    done = do_fits(options.fits, keys, fit, *todo, jobs=options.jobs, minutes=options.minutes)
+    if not all(key in done for key in keys):
+        return
+    rows = [done[key] for key in keys]
     truth = {clip.path: clip.labels[0] for clip in clips if clip.group in authors}
     author_of = {clip.path: str(clip.group) for clip in clips}
     models = {"logistic regression": None, "RBF-SVM": None}
@@ -125,15 +134,10 @@ def summary(
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = arguments_of_runs("audio_drums", __doc__, "runs/audio-drums")
     parser.add_argument("--data", type=Path, default=Path("data/drums"))
-    parser.add_argument("--runs", type=Path, default=Path("runs/audio-drums"))
-    parser.add_argument("--at-once", type=int, default=1)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--authors", nargs="+", help="default: all")
-    parser.add_argument("--name", default="audio_drums", help="of the result files")
-    options, options.words = parser.parse_known_args()
-    return options
+    return parse_of_runs(parser)
 
 
 if __name__ == "__main__":

@@ -1,22 +1,21 @@
 """From our own masked-frame pretraining to drums: scratch, full fine-tuning, LoRA, linear probe.
 
-    python benchmarks/audio_finetune.py --speech data/speech --drums data/drums --at-once 4
+    python benchmarks/audio_finetune.py --speech data/speech --drums data/drums --jobs 4
 
 One `mamba2-apps train audio/pretrain` on the speech recordings gives the RUN that every way but
-scratch starts from. The test authors are held out together; another author chooses the epoch. Rows
-go to results/audio_finetune.jsonl as they come, so that a stopped benchmark goes on; the summary is
-results/audio_finetune.json. Also checked: what is frozen is bitwise the pretrained weights, and
-merged low-rank changes give what unmerged ones give.
+scratch starts from. The test authors are held out together; another author chooses the epoch. Each
+fit is a line of results/audio_finetune.jsonl when it ends, and is not run again; the summary is
+results/audio_finetune.json. Keys of the recipes come after --. Also checked: what is frozen is
+bitwise the pretrained weights, and merged low-rank changes give what unmerged ones give.
 """
 
 import argparse
 import statistics
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from _audio_fits import metrics_of, train_all
+from _fits import arguments_of_runs, do_fits, parse_of_runs, train_into
 from _record import write_record
 from safetensors.torch import load_file
 
@@ -35,43 +34,65 @@ WAYS: dict[str, list[str]] = {
 }
 
 
+def pretrain(key: str, speech: Path, folder: Path, overrides: list[str]) -> dict[str, Any]:
+    """Pretrain on the speech recordings; the RUN stays."""
+    words = [f"--data.source={speech / 'manifest.csv'}", *overrides]
+    run, metrics = train_into(folder, key, "audio/pretrain", words)
+    loss = metrics["best_epoch"]["val/loss"]
+    return {
+        "val_loss": loss,
+        "run": str(run),
+        "seconds": metrics["seconds"],
+        "summary": f"loss {loss:.4f}, {metrics['seconds']:.0f} s",
+    }
+
+
+def fit(
+    key: str, start: Path, drums: Path, authors: list[str], folder: Path, overrides: list[str]
+) -> dict[str, Any]:
+    """Train the drums in one way, and test on the held-out authors."""
+    way, seed = key.split(" | ")
+    words = [
+        *([] if way == "scratch" else [f"--adaptation.start={start}"]),
+        f"--data.source={drums / 'manifest.csv'}",
+        f"--data.test_groups=[{','.join(authors)}]",
+        *WAYS[way],
+        f"--seed={seed}",
+        *overrides,
+    ]
+    run, metrics = train_into(folder, key, "audio/finetune", words)
+    accuracy = metrics["test"]["accuracy"]
+    row = {
+        "way": way,
+        "seed": int(seed),
+        "accuracy": accuracy,
+        "balanced_accuracy": metrics["test"]["balanced_accuracy"],
+        "epoch": metrics["best_epoch"]["epoch"],
+        "seconds": metrics["seconds"],
+        "summary": f"accuracy {accuracy:.4f}, {metrics['seconds']:.0f} s",
+    }
+    if way == "frozen":
+        row["frozen_bitwise_unchanged"] = frozen_unchanged(start, run)
+    return row
+
+
 def main() -> None:
     options = parse()
-    options.runs.mkdir(parents=True, exist_ok=True)
-    (pretrained,) = train_all(
-        f"{options.name}_pretraining",
-        [{"recipe": "pretrain", "seed": 0}],
-        lambda job: [
-            "audio/pretrain",
-            f"--data.source={options.speech / 'manifest.csv'}",
-            *options.words,
-            *options.pretraining_words,
-        ],
-        lambda job, run: {"val_loss": metrics_of(run)["best_epoch"]["val/loss"], "run": str(run)},
-        runs=options.runs,
-        at_once=1,
-    )
+    first = options.fits.with_name(f"{options.fits.stem}_pretraining.jsonl")
+    words = [*options.overrides, *options.pretraining_words]
+    todo: tuple[Any, ...] = (options.speech, options.runs, words)
+    done = do_fits(first, ["pretrain"], pretrain, *todo, jobs=1, minutes=options.minutes)
+    if "pretrain" not in done:
+        return
+    pretrained = done["pretrain"]
     start = Path(pretrained["run"])
 
-    def words(job: Mapping[str, Any]) -> list[str]:
-        backbone = [] if job["way"] == "scratch" else ["--backbone", str(start)]
-        data = [
-            f"--data.source={options.drums / 'manifest.csv'}",
-            f"--data.test_groups=[{','.join(options.authors)}]",
-        ]
-        way = [*WAYS[str(job["way"])], f"--seed={job['seed']}"]
-        return ["audio/finetune", *backbone, *data, *way, *options.words]
-
-    def finish(job: Mapping[str, Any], run: Path) -> dict[str, Any]:
-        metrics = metrics_of(run)
-        row = {name: metrics["test"][name] for name in ("accuracy", "balanced_accuracy")}
-        row["epoch"] = metrics["best_epoch"]["epoch"]
-        if job["way"] == "frozen":
-            row["frozen_bitwise_unchanged"] = frozen_unchanged(start, run)
-        return row
-
-    jobs = [{"way": way, "seed": seed} for way in options.ways for seed in options.seeds]
-    rows = train_all(options.name, jobs, words, finish, runs=options.runs, at_once=options.at_once)
+    keys = [f"{way} | {seed}" for way in options.ways for seed in options.seeds]
+    todo = (start, options.drums, options.authors, options.runs, options.overrides)
+    done = do_fits(options.fits, keys, fit, *todo, jobs=options.jobs, minutes=options.minutes)
+    if not all(key in done for key in keys):
+        return
+    rows = [done[key] for key in keys]
     table = {}
     for way in options.ways:
         found = [row for row in rows if row["way"] == way]
@@ -79,7 +100,7 @@ def main() -> None:
             "mean_accuracy": statistics.mean(row["accuracy"] for row in found),
             "accuracy": [row["accuracy"] for row in found],
             "balanced_accuracy": [row["balanced_accuracy"] for row in found],
-            "seconds": [row["wall_seconds"] for row in found],
+            "seconds": [row["seconds"] for row in found],
         }
     results = {
         "test_authors": options.authors,
@@ -121,18 +142,13 @@ def merged_lora_difference(start: Path) -> float:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = arguments_of_runs("audio_finetune", __doc__, "runs/audio-finetune")
     parser.add_argument("--speech", type=Path, default=Path("data/speech"))
     parser.add_argument("--drums", type=Path, default=Path("data/drums"))
-    parser.add_argument("--runs", type=Path, default=Path("runs/audio-finetune"))
-    parser.add_argument("--at-once", type=int, default=1)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
     parser.add_argument("--authors", nargs="+", default=["bja", "grilli"], help="to test on")
     parser.add_argument("--pretraining-words", nargs="*", default=[], help="for pretraining alone")
-    parser.add_argument("--name", default="audio_finetune", help="of the result files")
-    options, options.words = parser.parse_known_args()
-    return options
+    return parse_of_runs(parser)
 
 
 if __name__ == "__main__":

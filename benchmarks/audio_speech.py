@@ -1,21 +1,20 @@
 """The speech-ctc recipe on Russian, on Spanish and on both, beside a BiGRU with the same features.
 
-    python benchmarks/audio_speech.py --data data/speech --at-once 2
+    python benchmarks/audio_speech.py --data data/speech --jobs 2
 
 Character error rates are of the greedy reading of the manifest's test part, no language model; a
 tenth of the training texts chooses the epoch. "joint" is one model for both languages, scored on
-each. Rows go to results/audio_speech.jsonl as they come,
-so that a stopped benchmark goes on; the summary is results/audio_speech.json.
+each. Each fit is a line of results/audio_speech.jsonl when it ends, and is not run again; the
+summary is results/audio_speech.json. Keys of the recipe come after --.
 """
 
 import argparse
 import statistics
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
-from _audio_fits import metrics_of, train_all
+from _fits import arguments_of_runs, do_fits, parse_of_runs, train_into
 from _record import write_record
 from torchmetrics.functional.text import char_error_rate
 
@@ -26,46 +25,61 @@ from mamba2_apps.audio.manifest import read_table
 BAR = 0.22
 COLUMNS = {"path": "file", "text": "transcript"}
 MODELS = ("mamba2", "joint", "bigru")
+GRU_RECIPE = "bigru.yaml"
 JOINT_EPOCHS = 90  # as many steps as one language has in its 150, and some more
+
+
+def fit(
+    key: str, data: Path, folder: Path, languages: list[str], overrides: list[str]
+) -> dict[str, Any]:
+    """Train one model on one language or on both; its error rates on the test clips."""
+    model, language, seed = key.split(" | ")
+    if model == "joint":
+        part = ["--data.where=null", f"--trainer.max_epochs={JOINT_EPOCHS}"]
+    else:
+        part = [f"--data.where={{language: {language}}}"]
+    words = [f"--data.source={data / 'manifest.csv'}", *part, f"--seed={seed}", *overrides]
+    recipe = str(folder / GRU_RECIPE) if model == "bigru" else "audio/speech-ctc"
+    run, metrics = train_into(folder, key, recipe, words)
+    cer = error_rates(run, data, languages if language == "both" else [language])
+    rates = ", ".join(f"{name} {rate:.4f}" for name, rate in cer.items())
+    return {
+        "model": model,
+        "language": language,
+        "seed": int(seed),
+        "cer": cer,
+        "val_cer": metrics["best_epoch"]["val/cer"],
+        "epoch": metrics["best_epoch"]["epoch"],
+        "parameters": metrics["parameters"],
+        "train_seconds": metrics["seconds"],
+        "summary": f"CER {rates}, {metrics['seconds']:.0f} s",
+    }
+
+
+def write_gru_recipe(folder: Path) -> None:
+    """The recipe with the BiGRU in the place of its model."""
+    recipe = yaml.safe_load(catalog.find("audio/speech-ctc").read_text(encoding="utf-8"))
+    adapter = recipe["model"]["init_args"]["adapter"]
+    model = {"class_path": "_bigru.BiGRU", "init_args": {"adapter": adapter}}
+    folder.mkdir(parents=True, exist_ok=True)
+    text = yaml.safe_dump({**recipe, "model": model})
+    (folder / GRU_RECIPE).write_text(text, encoding="utf-8")
 
 
 def main() -> None:
     options = parse()
-    recipe = yaml.safe_load(catalog.find("audio/speech-ctc").read_text(encoding="utf-8"))
-    bigru = {
-        "class_path": "_bigru.BiGRU",
-        "init_args": {"adapter": recipe["model"]["init_args"]["adapter"]},
-    }
-    options.runs.mkdir(parents=True, exist_ok=True)
-    gru_recipe = options.runs / "bigru.yaml"
-    gru_recipe.write_text(yaml.safe_dump({**recipe, "model": bigru}), encoding="utf-8")
-
-    def words(job: Mapping[str, Any]) -> list[str]:
-        name = str(gru_recipe) if job["model"] == "bigru" else "audio/speech-ctc"
-        source = [f"--data.source={options.data / 'manifest.csv'}"]
-        if job["model"] == "joint":
-            language = ["--data.where=null", f"--trainer.max_epochs={JOINT_EPOCHS}"]
-        else:
-            language = [f"--data.where={{language: {job['language']}}}"]
-        return [name, *source, *language, f"--seed={job['seed']}", *options.words]
-
-    def finish(job: Mapping[str, Any], run: Path) -> dict[str, Any]:
-        metrics = metrics_of(run)
-        return {
-            "cer": error_rates(run, options.data, options.languages, job["language"]),
-            "val_cer": metrics["best_epoch"]["val/cer"],
-            "epoch": metrics["best_epoch"]["epoch"],
-            "parameters": metrics["parameters"],
-            "train_seconds": metrics["seconds"],
-        }
-
-    jobs = [
-        {"model": model, "language": language, "seed": seed}
+    write_gru_recipe(options.runs)
+    keys = [
+        f"{model} | {language} | {seed}"
         for model in options.models
         for seed in options.seeds
         for language in (options.languages if model != "joint" else ["both"])
     ]
-    rows = train_all(options.name, jobs, words, finish, runs=options.runs, at_once=options.at_once)
+    todo = (options.data, options.runs, options.languages, options.overrides)
+    done = do_fits(options.fits, keys, fit, *todo, jobs=options.jobs, minutes=options.minutes)
+    if not all(key in done for key in keys):
+        return
+    rows = [done[key] for key in keys]
     table: dict[str, Any] = {}
     for model in options.models:
         for language in options.languages:
@@ -81,11 +95,11 @@ def main() -> None:
         print(f"{name}: CER {row['mean_cer']:.4f} (bar {BAR}), {row['longest_seconds']:.0f} s")
 
 
-def error_rates(run: Path, data: Path, languages: list[str], trained_on: str) -> dict[str, float]:
-    """Character error rate of a RUN on the test clips of each language that it was trained on."""
+def error_rates(run: Path, data: Path, languages: list[str]) -> dict[str, float]:
+    """Character error rate of a RUN on the test clips of each language."""
     predictor = mamba2_apps.load(run)
     rates = {}
-    for language in languages if trained_on == "both" else [trained_on]:
+    for language in languages:
         where = {"language": language, "split": "test"}
         clips = read_table(data / "manifest.csv", "text", columns=COLUMNS, where=where)
         answers = predictor.predict([clip.path for clip in clips])
@@ -95,16 +109,11 @@ def error_rates(run: Path, data: Path, languages: list[str], trained_on: str) ->
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = arguments_of_runs("audio_speech", __doc__, "runs/audio-speech")
     parser.add_argument("--data", type=Path, default=Path("data/speech"))
-    parser.add_argument("--runs", type=Path, default=Path("runs/audio-speech"))
-    parser.add_argument("--at-once", type=int, default=1)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--languages", nargs="+", default=["ru", "es"])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--name", default="audio_speech", help="of the result files")
-    options, options.words = parser.parse_known_args()
-    return options
+    return parse_of_runs(parser)
 
 
 if __name__ == "__main__":
