@@ -198,21 +198,42 @@ class StrandMixing(nn.Module):
 class CenterHead(nn.Module):
     """One answer for a window around a site, (b, n_outputs), from the tokens around its middle.
 
-    The states of the `width` middle tokens, and the mean over all of them, each at its own place.
+    The states of the `width` middle tokens, each at its own place, and the mean over all tokens.
     Inputs have one length, without padding.
+
+    Args:
+        d_model: width of the states.
+        n_outputs: answers.
+        width: tokens in the middle whose places count.
+        hidden: width of a hidden layer before the answer; 0: none.
+        dropout: part of the values before each layer that training sets to 0.
     """
 
     pool = "mean"
 
     def __init__(
-        self, d_model: int, n_outputs: int, *, width: int = 2, dropout: float = 0.0
+        self,
+        d_model: int,
+        n_outputs: int,
+        *,
+        width: int = 2,
+        hidden: int = 0,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         if width < 1:
             raise ValueError(f"head.width is {width}, expected at least 1 token")
+        if hidden < 0:
+            raise ValueError(f"head.hidden is {hidden}, expected 0 or more")
         self.width = width
         self.dropout = nn.Dropout(dropout)
-        self.proj = nn.Linear((width + 1) * d_model, n_outputs)
+        inputs = (width + 1) * d_model
+        self.hidden = (
+            nn.Sequential(nn.Linear(inputs, hidden), nn.GELU(), nn.Dropout(dropout))
+            if hidden
+            else nn.Identity()
+        )
+        self.proj = nn.Linear(hidden or inputs, n_outputs)
 
     def forward(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
         length = hidden.shape[1]
@@ -222,7 +243,7 @@ class CenterHead(nn.Module):
             raise ValueError("inputs of different lengths have no common middle; cut them alike")
         start = (length - self.width) // 2
         middle = hidden[:, start : start + self.width].flatten(1)
-        return self.proj(self.dropout(torch.cat([middle, hidden.mean(1)], -1)))
+        return self.proj(self.hidden(self.dropout(torch.cat([middle, hidden.mean(1)], -1))))
 
 
 class MLPHead(nn.Module):

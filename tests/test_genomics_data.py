@@ -12,7 +12,7 @@ from Bio.Seq import Seq
 from mamba2_apps import load, recipes, runs
 from mamba2_apps.catalog import shipped
 from mamba2_apps.cli import main
-from mamba2_apps.data import UnreadableInput
+from mamba2_apps.data import AugmentedDataset, UnreadableInput
 from mamba2_apps.genomics.annotated import AnnotatedGenome, label_names, paint
 from mamba2_apps.genomics.annotations import read_bed
 from mamba2_apps.genomics.coverage import Coverage
@@ -137,6 +137,33 @@ def test_splice_sequences_of_another_length_are_refused(splice):
         splice.preprocessing(Seq("ACGT"))
     with pytest.raises(ValueError, match="fold is 10"):
         Splice(fold=10)
+    with pytest.raises(ValueError, match="recombination is 2, expected 0 to 1"):
+        Splice(recombination=2)
+
+
+def test_splice_augmentation_keeps_the_class_and_the_middle_and_repeats():
+    data = Splice(recombination=1.0, flank_mutation=0.5)
+    data.setup("fit")
+    augmented = AugmentedDataset(data.train_set, data.augment, seed=3)
+    rows = torch.stack([augmented[0, i]["inputs"] for i in range(300)])
+    again = torch.stack([augmented[0, i]["inputs"] for i in range(300)])
+    assert torch.equal(rows, again)
+    assert not torch.equal(rows[0], augmented[1, 0]["inputs"])
+    donors = data.train_set.targets[:300] == 1
+    middle = [BaseTokenizer().decode(row[30:32]) for row in rows[donors]]
+    assert middle.count("GT") >= 0.9 * len(middle)
+
+    data.flank_mutation = 0.0
+    originals, targets = torch.stack(data.train_set.ids), data.train_set.targets
+    for i in range(20):
+        new = augmented[0, i]["inputs"]
+        alike = originals[targets == targets[i]]
+        kept = new == originals[i]
+        # One end is its own up to the cut, the rest is another's of its class.
+        cut = range(1, 60)
+        own_left = [bool(kept[:c].all() and (new[c:] == alike[:, c:]).all(1).any()) for c in cut]
+        own_right = [bool(kept[c:].all() and (new[:c] == alike[:, :c]).all(1).any()) for c in cut]
+        assert any(own_left) or any(own_right)
 
 
 # Tables and folders

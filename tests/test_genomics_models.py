@@ -196,6 +196,11 @@ def test_the_center_head_reads_the_middle():
     hidden = torch.randn(4, 10, 3)
     expected = torch.cat([hidden[:, 4], hidden[:, 5], hidden.mean(1)], 1)
     torch.testing.assert_close(head(hidden), head.proj(expected))
+    deeper = CenterHead(3, 2, width=2, hidden=5)
+    between = torch.nn.functional.gelu(deeper.hidden[0](expected))
+    torch.testing.assert_close(deeper(hidden), deeper.proj(between))
+    with pytest.raises(ValueError, match=r"head\.hidden is -1"):
+        CenterHead(3, 2, hidden=-1)
     mask = torch.ones(4, 10, dtype=torch.bool)
     mask[0, 9] = False
     with pytest.raises(ValueError, match="no common middle"):
