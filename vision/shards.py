@@ -4,21 +4,12 @@ The shards are indexed once and read in any order, so that training draws images
 and a resumed run repeats them; nothing is unpacked.
 """
 
-import tarfile
 from io import BytesIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from mamba2_apps.shards import CLASSES, Entry, class_names, find_files, read_index
 from mamba2_apps.vision.data import IMAGE_SUFFIXES, PhotoData, held_out
-
-
-class Entry(NamedTuple):
-    """Where an image lies within a shard."""
-
-    shard: str
-    name: str
-    start: int
-    size: int
 
 
 class ShardedImages(PhotoData):
@@ -27,7 +18,8 @@ class ShardedImages(PhotoData):
     Args:
         folder: where the shards are. A file classes.txt there names the classes, one a line; else
             they are named by their numbers.
-        train_shards: pattern of the shards to train on.
+        train_shards: pattern of the shards to train on, such as train-*.tar or
+            train-{000..127}.tar.
         val_shards: what chooses the epoch; null: a fixed, stratified tenth of the training images.
         test_shards: what is tested on; null: the validation images.
         options: those of PhotoData.
@@ -59,8 +51,8 @@ class ShardedImages(PhotoData):
             if max(targets) >= len(self.labels):
                 unseen = entries[targets.index(max(targets))]
                 raise ValueError(
-                    f"{unseen.shard}: {unseen.name} is of class {max(targets)}, which no shard of "
-                    f"{train_shards} has; correct the class or {pattern}"
+                    f"{unseen} is of class {max(targets)}, which no shard of {train_shards} has; "
+                    f"correct the class or {pattern}"
                 )
         self.train_set, self.val_set, self.test_set = (
             self.files(entries, targets, read, training=i == 0)
@@ -69,52 +61,39 @@ class ShardedImages(PhotoData):
 
     def _indexed(self, pattern: str) -> tuple[list[Entry], list[int]]:
         """Images of the shards of a pattern, and their classes."""
-        shards = sorted(self.folder.glob(pattern))
-        if not shards:
-            raise ValueError(f"{self.folder} holds no {pattern}; expected shards of that name")
-        pairs = [pair for shard in shards for pair in index(shard)]
+        pairs = [pair for shard in find_files(pattern, self.folder) for pair in index(shard)]
+        if not pairs:
+            raise ValueError(f"{self.folder}: the shards of {pattern} hold no images")
         return [entry for entry, _ in pairs], [target for _, target in pairs]
 
     def _names(self, classes: int) -> list[str]:
-        path = self.folder / "classes.txt"
-        if not path.is_file():
+        names = class_names(self.folder)
+        if names is None:
             return [str(number) for number in range(classes)]
-        names = path.read_text(encoding="utf-8").split("\n")
-        names = [name.strip() for name in names if name.strip()]
         if len(names) < classes:
-            raise ValueError(f"{path} names {len(names)} classes, the shards have {classes}")
+            raise ValueError(
+                f"{self.folder / CLASSES} names {len(names)} classes, the shards have {classes}"
+            )
         return names
 
 
-def index(shard: Path) -> list[tuple[Entry, int]]:
+def index(shard: str) -> list[tuple[Entry, int]]:
     """Images of a shard and their classes, by key.
 
-    Raises ValueError that names a damaged shard, or a key whose image or class is missing.
+    Raises ValueError that names a damaged shard, or a key whose image or class is missing or wrong.
     """
-    images: dict[str, Entry] = {}
-    classes: dict[str, int] = {}
-    try:
-        with tarfile.open(shard) as archive:
-            for member in archive:
-                folder, _, base = member.name.rpartition("/")
-                key, _, suffix = base.partition(".")  # webdataset's rule: the first dot
-                key = f"{folder}/{key}"
-                if f".{suffix.lower()}" in IMAGE_SUFFIXES:
-                    entry = Entry(str(shard), member.name, member.offset_data, member.size)
-                    images[key] = entry
-                elif suffix == "cls":
-                    file = archive.extractfile(member)
-                    classes[key] = int(file.read()) if file else -1
-    except (tarfile.TarError, EOFError, ValueError) as error:
-        raise ValueError(f"{shard} is damaged ({error}); fetch it again") from error
-    for key in images.keys() ^ classes.keys():
-        missing = "image" if key in classes else ".cls"
-        raise ValueError(f"{shard}: {key.strip('/')} has no {missing}; write the shard again")
-    return [(images[key], classes[key]) for key in sorted(images)]
+    pairs = []
+    for sample in read_index(shard, IMAGE_SUFFIXES, (".cls",)):
+        entry, text = sample.entry(), sample.texts.get(".cls")
+        if entry is None or text is None:
+            missing = "image" if entry is None else ".cls"
+            raise ValueError(f"{sample.name} has no {missing}; write the shard again")
+        if not text.isdecimal():
+            raise ValueError(f"{sample.name}.cls is {text!r}, expected the number of a class")
+        pairs.append((entry, int(text)))
+    return pairs
 
 
 def read(entry: Entry) -> tuple[BytesIO, str]:
     """The bytes of an image, and its name in messages."""
-    with open(entry.shard, "rb") as file:
-        file.seek(entry.start)
-        return BytesIO(file.read(entry.size)), f"{entry.shard}: {entry.name}"
+    return BytesIO(entry.read()), str(entry)
