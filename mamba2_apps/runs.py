@@ -11,7 +11,6 @@ curves.png, confusion.png, classes.csv, tensorboard/
 checkpoints/        last.ckpt and best.ckpt, for `train --resume`
 """
 
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -26,10 +25,10 @@ import torch
 from lightning import Trainer, seed_everything
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities import rank_zero_only
-from safetensors import SafetensorError
 
 from mamba2_apps import hub, recipes, reports
 from mamba2_apps.adaptation import adapt, merge_lora
+from mamba2_apps.checkpoint import load_weights, read_json, read_weights
 from mamba2_apps.data import DataModule, Preprocessing
 from mamba2_apps.files import replacing, write_json, write_text
 from mamba2_apps.parallel import shard_parameters
@@ -118,11 +117,11 @@ def read_task(run: Path, recipe: Recipe) -> Task:
     labels = _read_json(run, LABELS)
     task = recipe.task(recipe.model(len(labels)), labels, recipe.optimizer)
     try:
-        safetensors.torch.load_model(task.model, path)
-    except (SafetensorError, RuntimeError) as error:
+        load_weights(task.model, read_weights(path), path)
+    except ValueError as error:
         raise ValueError(
-            f"{path} is damaged or not of the model in {run / CONFIG} ({_first_line(error)}); "
-            f"`mamba2-apps train --resume {run}` writes it again from {BEST}"
+            f"{error}; expected the weights of the model in {run / CONFIG}, which "
+            f"`mamba2-apps train --resume {run}` writes again from {BEST}"
         ) from error
     return task.eval()
 
@@ -270,11 +269,9 @@ def _existing(run: Path, name: str) -> Path:
 def _read_json(run: Path, name: str) -> Any:
     path = _existing(run, name)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except ValueError as error:
-        raise ValueError(
-            f"{path} is damaged ({error}); `mamba2-apps train --resume {run}` writes it again"
-        ) from error
+        raise ValueError(f"{error}; `mamba2-apps train --resume {run}` writes it again") from error
 
 
 def _read_checkpoint(path: Path) -> dict[str, Any]:

@@ -131,18 +131,18 @@ class Classification(Answers):
         }
 
 
-class MultiLabel(Answers):
-    """Any number of labels per input, each by a binary cross-entropy.
+class AnyLabels(Task):
+    """A task whose labels are present or absent each for itself.
 
     Args:
-        model: (inputs, mask) -> logits (b, k).
+        model: (inputs, mask) -> logits (…, k).
         labels: the k names.
         optimizer: how weights are updated.
         positive_weight: weight of a present label in the loss against an absent one.
         threshold: probability from which a label counts as present.
-
-    Targets are (b, k) float, 1 where the label is present; values between are mixed samples.
     """
+
+    positive_weight: Tensor
 
     def __init__(
         self,
@@ -159,6 +159,14 @@ class MultiLabel(Answers):
         super().__init__(model, labels, optimizer)
         self.register_buffer("positive_weight", torch.tensor(positive_weight), persistent=False)
 
+
+class MultiLabel(AnyLabels, Answers):
+    """Any number of labels per input, each by a binary cross-entropy.
+
+    The model gives logits (b, k). Targets are (b, k) float, 1 where the label is present; values
+    between are mixed samples.
+    """
+
     def build_metrics(self, part: str) -> dict[str, Metric]:
         k = len(self.labels)
         if part == "train":
@@ -172,9 +180,7 @@ class MultiLabel(Answers):
     def loss(self, outputs: Tensor, batch: dict[str, Any]) -> Tensor:
         weight = self.positive_weight if self.training else None
         return F.binary_cross_entropy_with_logits(
-            outputs.float(),
-            batch["targets"],
-            pos_weight=weight,  # type: ignore[arg-type]
+            outputs.float(), batch["targets"], pos_weight=weight
         )
 
     def update_metrics(

@@ -23,7 +23,7 @@ from torchmetrics.classification import (
 
 from mamba2_apps import reports
 from mamba2_apps.tasks.base import OptimizerConfig, Task
-from mamba2_apps.tasks.classification import class_weight_tensor
+from mamba2_apps.tasks.classification import AnyLabels, class_weight_tensor
 
 IGNORE = -100
 """Class index of a token that has no label, padding included."""
@@ -104,33 +104,12 @@ class TokenClassification(Task):
         reports.class_table(confusion, self.labels, folder / "classes.csv")
 
 
-class TokenMultiLabel(Task):
+class TokenMultiLabel(AnyLabels):
     """Any number of k labels for each token, each by a binary cross-entropy.
 
-    Args:
-        model: (inputs, mask) -> logits (b, l, k).
-        labels: the k names.
-        optimizer: how weights are updated.
-        positive_weight: weight of a present label in the loss against an absent one.
-        threshold: probability from which a label counts as present.
-
-    Targets are (b, l, k) float, 1 present, 0 absent, NaN where there is no label.
+    The model gives logits (b, l, k). Targets are (b, l, k) float, 1 present, 0 absent, NaN where
+    there is no label.
     """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        labels: list[str],
-        optimizer: OptimizerConfig,
-        *,
-        positive_weight: float = 1.0,
-        threshold: float = 0.5,
-    ) -> None:
-        if not 0 < threshold < 1:
-            raise ValueError(f"task.threshold is {threshold}, expected between 0 and 1")
-        self.threshold = threshold
-        super().__init__(model, labels, optimizer)
-        self.register_buffer("positive_weight", torch.tensor(positive_weight), persistent=False)
 
     def build_metrics(self, part: str) -> dict[str, Metric]:
         metrics: dict[str, Metric] = {"f1": BinaryF1Score(threshold=self.threshold)}
@@ -148,7 +127,7 @@ class TokenMultiLabel(Task):
             outputs.float(),
             batch["targets"].nan_to_num(),
             weight=known.float(),
-            pos_weight=self.positive_weight if self.training else None,  # type: ignore[arg-type]
+            pos_weight=self.positive_weight if self.training else None,
             reduction="sum",
         )
         return losses / known.sum().clamp(min=1)
