@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mamba2_apps import runs
+from mamba2_apps import catalog, runs
 from mamba2_apps.data import EpochSampler, ShardedBatches
 from mamba2_apps.training import LAST, TrainerConfig
 
@@ -38,10 +38,18 @@ def train(*words: str, **environment: str) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def single(tmp_path_factory):
     run = tmp_path_factory.mktemp("single") / "run"
-    train("vision/digits", f"--run={run}", *SMALL, "--data.batch_size=128").check_returncode()
+    runs.train(catalog.find("vision/digits"), run, [*SMALL, "--data.batch_size=128"])
     return run
 
 
@@ -92,7 +100,7 @@ def test_a_killed_process_leaves_a_checkpoint_that_any_number_resumes(tmp_path, 
     assert checkpoint["global_step"] >= 8
     assert not (run / runs.WEIGHTS).exists()
     alone = ["--trainer.devices=1", "--trainer.parallel=null", "--data.batch_size=128"]
-    train(f"--resume={run}", *alone).check_returncode()
+    runs.resume(run, alone)
     assert_alike(run, single)
 
 
