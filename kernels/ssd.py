@@ -57,6 +57,7 @@ def ssd(
         D: (h,) or (h, p).
         z: (b, l, h, p), x's dtype.
         dt_bias: (h,).
+        dt_limit: least and largest step, the least not below 0.
         initial_states: (b, h, p, n), or (nseq, h, p, n) when packed.
         cu_seqlens: (nseq + 1,) int32, rising from 0 to l: packs nseq sequences along l, b = 1.
         reverse: scan from the end; equal to flip, scan, flip.
@@ -263,7 +264,7 @@ def _discretise(
         dt = dt + dt_bias.to(dtype)
     if dt_softplus:
         dt = F.softplus(dt)
-    return dt if dt_limit == (-INFINITY, INFINITY) else dt.clamp(*dt_limit)
+    return dt.clamp(*dt_limit)
 
 
 def _check_scan(

@@ -324,6 +324,8 @@ def test_other_mistakes_name_the_argument():
         ssd(**inputs | {"C": inputs["C"].to("meta")})
     with pytest.raises(ValueError, match=r"dt_limit is \(1.0, 0.5\)"):
         ssd(**inputs, dt_limit=(1.0, 0.5))
+    with pytest.raises(ValueError, match=r"dt_limit is \(-1.0, 1.0\), expected .* with 0 <= low"):
+        ssd(**inputs, dt_limit=(-1.0, 1.0))
     with pytest.raises(ValueError, match="backend is 'cuda', expected one of 'auto'"):
         ssd(**inputs, backend="cuda")
     with pytest.raises(RuntimeError, match="cannot run here"):
