@@ -32,11 +32,11 @@ from mamba2_apps.genomics.intervals import Feature
 from mamba2_apps.genomics.preprocessing import DNAPreprocessing
 from mamba2_apps.genomics.regions import (
     Window,
+    Windows,
     cropped,
     cut_share,
     parsed,
     whole,
-    windows_over,
     without,
 )
 from mamba2_apps.genomics.splits import PARTS, region_leakage
@@ -234,7 +234,7 @@ class AnnotatedGenome(DataModule):
         sets = []
         for part in PARTS:
             margin = self.margin if self.known == "genes" else 0
-            windows = list(windows_over(self.regions[part], self.window, self.genome, margin))
+            windows = Windows(self.regions[part], self.window, self.genome, margin)
             if not windows:
                 raise ValueError(
                     f"the data leave no {'gene' if self.known == 'genes' else 'region'} for {part}"

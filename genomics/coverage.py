@@ -15,7 +15,7 @@ from mamba2_apps.files import write_json
 from mamba2_apps.genomics.fasta import Genome
 from mamba2_apps.genomics.intervals import Feature
 from mamba2_apps.genomics.preprocessing import DNAPreprocessing, open_sequences
-from mamba2_apps.genomics.regions import Window, cut_share, parsed, whole, windows_over, without
+from mamba2_apps.genomics.regions import Window, Windows, cut_share, parsed, whole, without
 from mamba2_apps.genomics.splits import PARTS, region_leakage
 from mamba2_apps.genomics.tracks import read_track
 
@@ -152,7 +152,7 @@ class Coverage(DataModule):
             )
         windows = [
             Window(w.contig, start, start + size, w.known)
-            for w in windows_over(regions, self.window, genome)
+            for w in Windows(regions, self.window, genome)
             for start, size in [self._on_grid(w)]
         ]
         return TrackWindows(

@@ -1,7 +1,9 @@
-"""FASTA and FASTQ: records in order, and random access to a genome that stays on disk.
+"""FASTA and FASTQ: records in order, and random access to genomes that stay on disk.
 
 A file is scanned once when it is opened: names, letters and line ends are checked, and the place of
-every line is known afterwards. What is held in memory is a row per record, not the sequence.
+every line is known afterwards. Where samtools has written an index beside it, that is read instead
+and letters are checked as they are fetched. What is held in memory is a row per record, not the
+sequence.
 """
 
 import gzip
@@ -9,7 +11,8 @@ import mmap
 import os
 import tempfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike, fspath
 from pathlib import Path
@@ -45,7 +48,7 @@ class Record(NamedTuple):
     """Phred scores (n,) uint8, of FASTQ."""
 
 
-@dataclass
+@dataclass(slots=True)
 class _Entry:
     """Where a record's letters lie: `line_bases` letters in every `line_bytes` bytes."""
 
@@ -58,38 +61,38 @@ class _Entry:
 class Genome(Mapping[str, int]):
     """A FASTA file with random access; a mapping of contig names to lengths, in file order.
 
-    Plain files are mapped into memory, bgzip files are read a block at a time; an ordinary gzip
-    file, which has no random access, is unpacked once into an unnamed temporary file. It may be
-    used by worker processes, which open the file themselves.
+    Of plain and bgzip files, the bytes or blocks that are asked for are read, and none stays open,
+    so that a data set may have any number of them; an ordinary gzip file, which has no random
+    access, is unpacked once into an unnamed temporary file. It may be used by worker processes.
 
     Args:
-        path: plain, gzip or bgzip.
+        path: plain, gzip or bgzip. `samtools faidx` writes PATH.fai, and PATH.gzi for bgzip; where
+            these are not older than the file, opening it does not read it.
 
     Raises:
         UnreadableInput: no such file, no FASTA, a letter that is no IUPAC code (a protein, say), a
             name that comes twice, an empty record, lines of different lengths within one, a
-            truncated file. The message has file and line.
+            truncated file, an index of another file. The message has file and line, or file and
+            place where it is met when letters are fetched.
     """
 
     def __init__(self, path: str | PathLike[str]) -> None:
         self.path = Path(path)
         if not self.path.is_file():
             raise UnreadableInput(f"{fspath(path)} does not exist or is no file")
-        self._bytes: _Plain | _Blocked
+        self._bytes: _Plain | _Blocked | _Unpacked
         if not is_compressed(path):
             self._bytes = _Plain(self.path)
         elif is_bgzip(path):
             self._bytes = _Blocked(self.path)
         else:
-            self._bytes = _Plain(_unpacked(self.path))
-        self._entries = _scan(self.path)
+            self._bytes = _Unpacked(self.path)
+        self._index = _index_beside(self.path, ".fai")
+        self._entries = _scan(self.path) if self._index is None else _read_fai(self._index)
 
     def __getitem__(self, contig: str) -> int:
         """Length of a contig. Raises KeyError."""
         return self._entries[contig].length
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Genome, (self.path,)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
@@ -119,8 +122,19 @@ class Genome(Mapping[str, int]):
             entry.offset + p // entry.line_bases * entry.line_bytes + p % entry.line_bases
             for p in (start, end - 1)
         )
-        letters = self._bytes.read(first, last + 1)
-        return letters.replace(b"\n", b"").replace(b"\r", b"").decode("ascii")
+        letters = self._bytes.read(first, last + 1).replace(b"\n", b"").replace(b"\r", b"")
+        if self._index is not None:
+            self._check(letters, contig, start, end)
+        return letters.decode("ascii")
+
+    def _check(self, letters: bytes, contig: str, start: int, end: int) -> None:
+        """Raise UnreadableInput for letters that no scan has checked."""
+        if len(letters) != end - start or b">" in letters:
+            raise UnreadableInput(
+                f"{self.path}: {place(contig, start, end)} is not where {self._index} says; is "
+                "either of them truncated? Write the index again with samtools faidx"
+            )
+        _check_letters(letters, str(self.path), contig, start)
 
 
 class MemoryGenome(Genome):
@@ -135,11 +149,30 @@ class MemoryGenome(Genome):
         self.path, self._sequences = Path(path), dict(sequences)
         self._entries = {name: _Entry(0, len(text)) for name, text in self._sequences.items()}
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return MemoryGenome, (self._sequences, self.path)
-
     def _letters(self, contig: str, start: int, end: int) -> str:
         return self._sequences[contig][start:end]
+
+
+class GenomeSet(Genome):
+    """Several genomes as one. A contig of which two of them have the name is called PATH#NAME.
+
+    Args:
+        genomes: in their order.
+    """
+
+    def __init__(self, genomes: Sequence[Genome]) -> None:
+        self.path = Path(os.path.commonpath([genome.path.absolute() for genome in genomes]))
+        times = Counter(name for genome in genomes for name in genome)
+        self._owners = {
+            name if times[name] == 1 else f"{genome.path}#{name}": (genome, name)
+            for genome in genomes
+            for name in genome
+        }
+        self._entries = {key: genome._entries[name] for key, (genome, name) in self._owners.items()}
+
+    def _letters(self, contig: str, start: int, end: int) -> str:
+        genome, name = self._owners[contig]
+        return genome._letters(name, start, end)
 
 
 def read_fasta(path: str | PathLike[str]) -> Iterator[Record]:
@@ -300,14 +333,56 @@ def _check_letters(letters: bytes, where: str, name: str, before: int) -> None:
         raise UnreadableInput(f"{where}: {place(name, before + wrong)}: {invalid_letter(letter)}")
 
 
-class _Plain:
-    """Bytes of an uncompressed file, mapped into memory; processes share the mapping."""
+def _index_beside(path: Path, suffix: str) -> Path | None:
+    """The index of a file, where there is one that is not older; None: there is none."""
+    index = path.with_name(path.name + suffix)
+    if index.is_file() and index.stat().st_mtime >= path.stat().st_mtime:
+        return index
+    return None
 
-    def __init__(self, source: Path | IO[bytes]) -> None:
-        file = source.open("rb") if isinstance(source, Path) else source
-        with file:
+
+def _read_fai(path: Path) -> dict[str, _Entry]:
+    """The entries of samtools' index. Raises UnreadableInput that names the line."""
+    entries: dict[str, _Entry] = {}
+    for number, line in read_lines(path):
+        where, (name, *values) = f"{path}:{number}", line.split("\t")
+        if len(values) < 4 or not all(value.isdecimal() for value in values[:4]):
+            raise UnreadableInput(f"{where}: expected NAME and four numbers, as of samtools faidx")
+        length, offset, line_bases, line_bytes = map(int, values[:4])
+        if name in entries or not length or not 0 < line_bases <= line_bytes:
+            raise UnreadableInput(
+                f"{where}: {name!r} comes twice, is empty or has lines of no letters; correct the "
+                "FASTA file and write the index again with samtools faidx"
+            )
+        entries[name] = _Entry(offset, length, line_bases, line_bytes)
+    if not entries:
+        raise UnreadableInput(f"{path} names no record; write it again with samtools faidx")
+    return entries
+
+
+class _Plain:
+    """Bytes of an uncompressed file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def read(self, start: int, end: int) -> bytes:
+        with self._path.open("rb", buffering=0) as file:
+            file.seek(start)
+            return file.read(end - start)
+
+
+class _Unpacked:
+    """Bytes of an ordinary gzip file, unpacked; processes that are forked share them."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with _unpacked(path) as file:
             empty = os.fstat(file.fileno()).st_size == 0
             self._map: Any = b"" if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Unpacked, (self._path,)
 
     def read(self, start: int, end: int) -> bytes:
         return self._map[start:end]
@@ -318,24 +393,48 @@ class _Blocked:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        try:
-            with path.open("rb") as file:
-                blocks = [(data, start) for start, _, data, _ in bgzf.BgzfBlocks(file)]
-        except (ValueError, EOFError, zlib.error, OSError) as error:
-            raise truncated(path, 0) from error
-        self._data_starts = np.array([data for data, _ in blocks])
-        self._block_starts = [start for _, start in blocks]
-        self._readers: dict[int, bgzf.BgzfReader] = {}
+        index = _index_beside(path, ".gzi")
+        data_starts, block_starts = _blocks(path) if index is None else _read_gzi(index)
+        self._data_starts = np.array(data_starts)
+        self._block_ends = [*block_starts, path.stat().st_size][1:]
+        self._block_starts = block_starts
 
     def read(self, start: int, end: int) -> bytes:
-        # A forked worker shares its parent's file position, so it opens the file itself.
-        reader = self._readers.get(os.getpid())
-        if reader is None:
-            reader = self._readers[os.getpid()] = bgzf.BgzfReader(fspath(self._path), "rb")
-        block = int(np.searchsorted(self._data_starts, start, side="right")) - 1
-        within = start - int(self._data_starts[block])
-        reader.seek(bgzf.make_virtual_offset(self._block_starts[block], within))
-        return reader.read(end - start)
+        first, last = (
+            int(np.searchsorted(self._data_starts, place, side="right")) - 1
+            for place in (start, end - 1)
+        )
+        low = self._block_starts[first]
+        with self._path.open("rb", buffering=0) as file:
+            file.seek(low)
+            packed = file.read(self._block_ends[last] - low)
+        try:
+            text = gzip.decompress(packed)  # a block is a gzip file of its own
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise UnreadableInput(
+                f"{self._path}: damaged or truncated after byte {low:,}; fetch it again"
+            ) from error
+        skipped = int(self._data_starts[first])
+        return text[start - skipped : end - skipped]
+
+
+def _blocks(path: Path) -> tuple[list[int], list[int]]:
+    """Where bgzip's blocks begin in the text, and in the file, by reading it once."""
+    try:
+        with path.open("rb") as file:
+            blocks = [(data, start) for start, _, data, _ in bgzf.BgzfBlocks(file)]
+    except (ValueError, EOFError, zlib.error, OSError) as error:
+        raise truncated(path, 0) from error
+    return [data for data, _ in blocks], [start for _, start in blocks]
+
+
+def _read_gzi(path: Path) -> tuple[list[int], list[int]]:
+    """The same from bgzip's index: a count, then pairs (in the file, in the text) but the first."""
+    content = path.read_bytes()
+    if len(content) % 16 != 8 or len(content) != 8 + 16 * int.from_bytes(content[:8], "little"):
+        raise UnreadableInput(f"{path} is damaged; write it again with bgzip --reindex")
+    pairs = np.frombuffer(content, "<u8", offset=8).reshape(-1, 2).tolist()
+    return [0, *(data for _, data in pairs)], [0, *(start for start, _ in pairs)]
 
 
 def _unpacked(path: Path) -> IO[bytes]:
@@ -343,7 +442,7 @@ def _unpacked(path: Path) -> IO[bytes]:
     file = tempfile.TemporaryFile(prefix="mamba2-apps-")  # noqa: SIM115
     try:
         with open_binary(path) as source:
-            while piece := source.read(1 << 22):
+            while piece := source.read(1 << 18):
                 file.write(piece)
     except (EOFError, zlib.error, OSError) as error:
         file.close()

@@ -12,43 +12,42 @@ from torch.utils.data import Dataset
 from mamba2_apps.data import DataModule, Sample
 from mamba2_apps.files import write_json
 from mamba2_apps.genomics.annotations import read_features
-from mamba2_apps.genomics.fasta import Genome
+from mamba2_apps.genomics.fasta import Genome, GenomeSet
 from mamba2_apps.genomics.intervals import Feature
-from mamba2_apps.genomics.preprocessing import DNAPreprocessing, open_sequences
-from mamba2_apps.genomics.regions import (
-    Window,
-    cropped,
-    cut_share,
-    parsed,
-    whole,
-    windows_over,
-    without,
+from mamba2_apps.genomics.preprocessing import (
+    DNAPreprocessing,
+    open_sequences,
+    sequence_files,
 )
+from mamba2_apps.genomics.regions import Windows, cropped, cut_share, parsed, whole, without
 from mamba2_apps.genomics.splits import PARTS, region_leakage
 from mamba2_apps.genomics.tokenizers import Tokenizer
+from mamba2_apps.shards import find_files
 
 
 class GenomeWindows(Dataset[Sample]):
     """Windows of genomes as token ids, with a weight for each: less where it is soft-masked.
 
-    A base of N has no weight, since there is nothing to give back.
+    A base of N has no weight, since there is nothing to give back. A window is read from its file
+    when it is asked for.
     """
 
     def __init__(
         self,
-        windows: list[tuple[Genome, Window]],
+        genome: Genome,
+        windows: Windows,
         tokenizer: Tokenizer,
         soft_mask_weight: float,
         slack: int,
     ) -> None:
-        self.windows, self.tokenizer = windows, tokenizer
+        self.genome, self.windows, self.tokenizer = genome, windows, tokenizer
         self.soft_mask_weight, self.slack = soft_mask_weight, slack
 
     def __getitem__(self, index: int) -> Sample:
-        genome, window = self.windows[index]
+        window = self.windows[index]
         low, high = window.known
         start, end = max(window.start - self.slack, low), min(window.end + self.slack, high)
-        sequence = genome.fetch(window.contig, start, end)
+        sequence = self.genome.fetch(window.contig, start, end)
         ids = self.tokenizer.encode(sequence)
         weights = torch.where(self.tokenizer.soft_mask(sequence), self.soft_mask_weight, 1.0)
         unknown = torch.tensor(["N" in word for word in [*self.tokenizer.vocabulary, ""]])
@@ -61,10 +60,16 @@ class GenomeWindows(Dataset[Sample]):
 class GenomeText(DataModule):
     """Windows of FASTA or GenBank files, split by contig or region.
 
+    FASTA stays on disk, whatever its number of files and bases. Regions, and the annotation of
+    `exclude`, name contigs as the files do; where two files have a contig of one name, it is
+    FILE#CONTIG.
+
     Args:
         batch_size: windows per step.
         num_workers: processes that read and augment; 0 does it in the training process.
-        paths: FASTA or GenBank files.
+        paths: FASTA or GenBank files, folders of them, or patterns such as genomes/*.fa.gz and
+            part-{000..127}.fa.
+        regions: contigs or regions to take, such as chr2L or chr2R:1-1,000,000; null: everything.
         tokenizer: `kind` (base, kmer, bpe) and its options.
         window: bases per sample; a shorter contig is a sample of its own.
         shift: random shift of training windows, in bases either way.
@@ -85,6 +90,7 @@ class GenomeText(DataModule):
         batch_size: int = 8,
         num_workers: int = 0,
         paths: list[str],
+        regions: list[str] | None = None,
         tokenizer: dict[str, Any] | None = None,
         window: int = 8192,
         shift: int = 0,
@@ -103,11 +109,14 @@ class GenomeText(DataModule):
             raise ValueError(f"data.held_share is {held_share}, expected between 0 and 0.5")
         if soft_mask_weight < 0:
             raise ValueError(f"data.soft_mask_weight is {soft_mask_weight}, expected at least 0")
+        if window < 1:
+            raise ValueError(f"data.window is {window}, expected at least 1")
         self.paths, self.tokenizer = paths, tokenizer or {"kind": "base"}
         if shift and self.tokenizer["kind"] != "base":
             raise ValueError(f"data.shift is {shift}, which needs base tokens")
         self.window, self.shift, self.reverse_complement = window, shift, reverse_complement
         self.soft_mask_weight, self.held_share = soft_mask_weight, held_share
+        self.taken = regions or []
         self.test_regions, self.val_regions = test_regions or [], val_regions or []
         self.exclude, self.exclude_margin = exclude, exclude_margin
         self.labels = []
@@ -119,24 +128,16 @@ class GenomeText(DataModule):
         return DNAPreprocessing(tokenizer=self.tokenizer)
 
     def setup(self, stage: str) -> None:
-        genomes = [open_sequences(path) for path in self.paths]
-        owner: dict[str, Genome] = {}
-        for genome in genomes:
-            twice = owner.keys() & genome.keys()
-            if twice:
-                raise ValueError(f"{genome.path} has a contig {min(twice)!r}, as another file has")
-            owner |= dict.fromkeys(genome, genome)
-        lengths = {name: length for genome in genomes for name, length in genome.items()}
-        self.regions = self._regions_of_parts(lengths)
+        genome = GenomeSet([open_sequences(file) for file in self._files()])
+        self.regions = self._regions_of_parts(dict(genome))
         tokens = self.preprocessing.tokens
         sets = []
         for part in PARTS:
-            windows = list(windows_over(self.regions[part], self.window, lengths))
+            windows = Windows(self.regions[part], self.window, genome)
             if not windows:
                 raise ValueError(f"the genomes leave no bases for {part}")
             slack = self.shift if part == "train" else 0
-            pairs = [(owner[w.contig], w) for w in windows]
-            sets.append(GenomeWindows(pairs, tokens, self.soft_mask_weight, slack))
+            sets.append(GenomeWindows(genome, windows, tokens, self.soft_mask_weight, slack))
         self.train_set, self.val_set, self.test_set = sets
 
     def augment(self, sample: Sample) -> Sample:
@@ -149,9 +150,20 @@ class GenomeText(DataModule):
     def report(self, task: Any, folder: Path) -> None:
         write_json(folder / "leakage.json", region_leakage(self.regions, 0))
 
+    def _files(self) -> list[str]:
+        """The files of all paths, each once; an index that a pattern matches is none of them."""
+        found = [path for pattern in self.paths for path in find_files(pattern)]
+        found = [path for path in found if not path.endswith((".fai", ".gzi"))]
+        if not found:
+            raise ValueError(f"data.paths {self.paths} names indexes alone, expected FASTA files")
+        return list(dict.fromkeys(file for path in found for file in sequence_files(path)))
+
     def _regions_of_parts(self, lengths: dict[str, int]) -> dict[str, list[Feature]]:
         test, val = (parsed(texts, lengths) for texts in (self.test_regions, self.val_regions))
-        rest = without(without(whole(lengths), test), val)
+        rest = whole(lengths)
+        if self.taken:  # as a difference, so that regions which overlap are taken once
+            rest = without(rest, without(rest, parsed(self.taken, lengths)))
+        rest = without(without(rest, test), val)
         if self.exclude is not None:
             holes = [self._wider(f, lengths) for f in read_features(self.exclude, lengths)]
             rest, test, val = (without(regions, holes) for regions in (rest, test, val))

@@ -1,7 +1,8 @@
 """Regions of a genome as training data: what is left of them, and the windows that cover them."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import numpy as np
 import torch
@@ -20,10 +21,10 @@ class Window:
     known: tuple[int, int]
 
 
-def windows_over(
-    regions: Sequence[Feature], size: int, lengths: Mapping[str, int], margin: int = 0
-) -> Iterator[Window]:
+class Windows(Sequence[Window]):
     """As few windows of `size` bases as cover each region, evenly spread over it.
+
+    A window is computed when it is asked for: what is held is a row per region.
 
     Args:
         regions: where labels are known.
@@ -31,12 +32,38 @@ def windows_over(
         lengths: contig lengths.
         margin: bases on either side of a region that windows cover, too.
     """
-    for region in sorted(regions, key=lambda r: (r.contig, r.start)):
-        start = max(region.start - margin, 0)
-        end = min(region.end + margin, lengths[region.contig])
-        pieces, length = -(-(end - start) // size), min(size, end - start)
-        for offset in np.linspace(start, end - length, pieces).astype(int).tolist():
-            yield Window(region.contig, offset, offset + length, (region.start, region.end))
+
+    def __init__(
+        self, regions: Sequence[Feature], size: int, lengths: Mapping[str, int], margin: int = 0
+    ) -> None:
+        self.regions = sorted(regions, key=lambda r: (r.contig, r.start))
+        self.size = size
+        spans = [
+            (max(r.start - margin, 0), min(r.end + margin, lengths[r.contig])) for r in self.regions
+        ]
+        self._spans = np.array(spans, np.int64).reshape(-1, 2)
+        self._counts = -(-(self._spans[:, 1] - self._spans[:, 0]) // size)
+        self._ends = self._counts.cumsum()
+
+    def __len__(self) -> int:
+        return int(self._counts.sum())
+
+    @overload
+    def __getitem__(self, index: int) -> Window: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Window]: ...
+    def __getitem__(self, index: int | slice) -> Window | list[Window]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        place = range(len(self))[index]  # raises IndexError
+        at = int(np.searchsorted(self._ends, place, side="right"))
+        region, count = self.regions[at], int(self._counts[at])
+        start, end = self._spans[at].tolist()
+        length = min(self.size, end - start)
+        number = place - (int(self._ends[at]) - count)
+        step = (end - length - start) / max(count - 1, 1)
+        first = end - length if number == count - 1 else int(start + number * step)
+        return Window(region.contig, first, first + length, (region.start, region.end))
 
 
 def cropped(sample: Sample, length: int) -> Sample:
@@ -62,18 +89,17 @@ def whole(lengths: Mapping[str, int]) -> list[Feature]:
 
 def without(regions: Sequence[Feature], holes: Sequence[Feature]) -> list[Feature]:
     """What is left of regions outside the blocks of others."""
-    left = [(r.contig, r.start, r.end) for r in regions]
+    blocks: dict[str, list[tuple[int, int]]] = {}
     for hole in holes:
-        for start, end in hole.blocks:
-            pieces = []
-            for contig, a, b in left:
-                if contig != hole.contig or end <= a or start >= b:
-                    pieces.append((contig, a, b))
-                    continue
-                pieces += [(contig, a, start)] if a < start else []
-                pieces += [(contig, end, b)] if end < b else []
-            left = pieces
-    return [Feature(contig=contig, start=a, end=b) for contig, a, b in left]
+        blocks.setdefault(hole.contig, []).extend(hole.blocks)
+    left = []
+    for region in regions:
+        pieces = [(region.start, region.end)]
+        for start, end in blocks.get(region.contig, ()):
+            beside = [p for a, b in pieces for p in ((a, min(b, start)), (max(a, end), b))]
+            pieces = [(a, b) for a, b in beside if a < b]
+        left += [Feature(contig=region.contig, start=a, end=b) for a, b in pieces]
+    return left
 
 
 def cut_share(regions: list[Feature], share: float) -> tuple[list[Feature], list[Feature]]:

@@ -169,15 +169,16 @@ def region_leakage(parts: Mapping[str, Sequence[Feature]], reach: int) -> dict[s
         parts: labelled regions of "train", "val" and "test".
         reach: bases that a model sees beyond a region, such as its window.
     """
-    train = sorted((f.contig, f.start, f.end) for f in parts["train"])
+    train: dict[str, list[Feature]] = {}
+    for feature in parts["train"]:
+        train.setdefault(feature.contig, []).append(feature)
     report: dict[str, Any] = {"reach": reach}
     for name in PARTS[1:]:
         counts = {"regions": len(parts[name]), "overlapping_train": 0, "within_reach_of_train": 0}
         for region in parts[name]:
             gaps = [
-                max(start - region.end, region.start - end)
-                for contig, start, end in train
-                if contig == region.contig
+                max(seen.start - region.end, region.start - seen.end)
+                for seen in train.get(region.contig, ())
             ]
             nearest = min(gaps, default=reach + 1)
             counts["overlapping_train"] += nearest < 0

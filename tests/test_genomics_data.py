@@ -356,8 +356,7 @@ def test_text_of_genomes_keeps_held_out_bases_unseen(annotated):
             for line in (annotated / "test.bed").read_text().splitlines():
                 start, end = map(int, line.split("\t")[1:3])
                 assert region.end <= start - 10 or region.start >= end + 10
-    for genome, window in data.train_set.windows:
-        sample = data.train_set[data.train_set.windows.index((genome, window))]
+    for sample, window in zip(data.train_set, data.train_set.windows, strict=True):
         assert len(sample["inputs"]) <= window.known[1] - window.known[0]
     sample = data.train_set[2]
     turned = data.augment(sample)
