@@ -1,10 +1,11 @@
-"""Data sets of recordings: from a folder or a table to the three parts of a training.
+"""Data sets of recordings: from a folder, a table or shards to the three parts of a training.
 
 Dimensions: batch b · samples n · frames t · classes k
 """
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -22,6 +23,7 @@ from mamba2_apps.audio.manifest import PARTS, Clip, DataReport, Sound, Targets
 from mamba2_apps.audio.preprocessing import FRAME_SECONDS, AudioPreprocessing, ClipDataset
 from mamba2_apps.data import DataModule, Sample, files_under
 from mamba2_apps.files import write_json
+from mamba2_apps.shards import names_shards
 
 STATISTICS_CLIPS = 2000
 SHIPPED = "shipped:sounds"
@@ -29,25 +31,27 @@ Layout = Literal["auto", "speechcommands", "esc50"]
 
 
 class AudioData(DataModule):
-    """Recordings from a folder with a folder for each class, or from a CSV or JSONL table.
+    """Recordings from a folder with a folder for each class, a CSV or JSONL table, or tar shards.
 
     Before training a report says what there is: durations, rates, classes, and by name what cannot
     be used and is left out. Nothing is ever replaced by another file.
 
-    The test part is: the clips whose `split` column says so; or those of `test_groups` or
-    `test_fold`; or a fixed, stratified `test_fraction`. What chooses the epoch is, in the same
-    order, `split`, `val_fold`, or a `val_fraction` of the rest. Clips of one group, of one file or
-    with equal samples are never divided, and where the table itself divides them the report names
-    them.
+    The test part is: `test_source` and the clips whose `split` column says so; or those of
+    `test_groups` or `test_fold`; or a fixed, stratified `test_fraction`. What chooses the epoch is,
+    in the same order, `val_source` and `split`, `val_fold`, or a `val_fraction` of the rest. Clips
+    of one group, of one file or with equal samples are never divided, and where the table itself
+    divides them the report names them.
 
     Args:
-        source: the folder or the table; shipped:sounds for the 101 sounds that come with the
-            package.
+        source: the folder; the table; shards, such as train-{000..127}.tar or train-*.tar; or
+            shipped:sounds for the 101 sounds that come with the package.
+        val_source: such a source of the clips that choose the epoch; null: they are of `source`.
+        test_source: such a source of the clips to test on; null: they are of `source`.
         layout: speechcommands or esc50 for a folder as these come; auto: a folder or a table.
         targets: label, one class for a clip; labels, any number of tags; events, tags from a start
             to an end within a file; text, what is said; none, for pretraining.
-        columns: the table's own names of columns, such as {path: file}; see
-            `mamba2_apps.audio.manifest`.
+        columns: the table's own names of columns, such as {path: file}, or of keys in a shard's
+            KEY.json; see `mamba2_apps.audio.manifest`.
         where: keep only the rows of the table that have these values in its own columns.
         labels: the classes, tags or letters; null: all that occur. Clips with others are left out.
         sample_rate: of what the model takes.
@@ -82,6 +86,8 @@ class AudioData(DataModule):
         self,
         *,
         source: str,
+        val_source: str | None = None,
+        test_source: str | None = None,
         layout: Layout = "auto",
         targets: Targets = "label",
         columns: dict[str, str] | None = None,
@@ -117,7 +123,15 @@ class AudioData(DataModule):
             raise ValueError(
                 f"data.layout is {layout!r}, expected auto, {_few(list(corpora.READERS))}"
             )
+        for name, given, others in (
+            ("val_source", val_source, {"val_fold": val_fold}),
+            ("test_source", test_source, {"test_fold": test_fold, "test_groups": test_groups}),
+        ):
+            beside = [other for other, value in others.items() if value is not None]
+            if given is not None and beside:
+                raise ValueError(f"data.{name} is {given} beside data.{beside[0]}; give one")
         self.source, self.layout, self.targets = source, layout, targets
+        self.part_sources = {"val": val_source, "test": test_source}
         self.columns, self.where, self.given_labels = columns, where, labels
         self.sample_rate, self.channel, self.level = sample_rate, channel, level
         self.min_seconds, self.crop_seconds = min_seconds, crop_seconds
@@ -138,21 +152,30 @@ class AudioData(DataModule):
         )
 
     def read(self) -> list[Clip]:
-        """Every clip of the source, not looked at yet."""
-        if self.source == SHIPPED:
+        """Every clip of the sources, not looked at yet."""
+        clips = self._read(self.source)
+        for part, source in self.part_sources.items():
+            if source is not None:
+                clips += [replace(clip, split=part) for clip in self._read(source)]
+        return clips
+
+    def _read(self, source: str) -> list[Clip]:
+        if source == SHIPPED:
             return manifest.read_table(corpora.SOUNDS, self.targets)
         if self.layout != "auto":
-            return corpora.READERS[self.layout](self.source)
-        if Path(self.source).is_dir():
+            return corpora.READERS[self.layout](source)
+        if names_shards(source):
+            return manifest.read_shards(
+                source, self.targets, columns=self.columns, where=self.where
+            )
+        if Path(source).is_dir():
             if self.targets in ("events", "text"):
                 raise ValueError(
-                    f"data.source is the folder {self.source}; targets {self.targets} come from a "
-                    "CSV or JSONL table"
+                    f"data.source is the folder {source}; targets {self.targets} come from a "
+                    "CSV or JSONL table or from shards"
                 )
-            return manifest.read_folder(self.source)
-        return manifest.read_table(
-            self.source, self.targets, columns=self.columns, where=self.where
-        )
+            return manifest.read_folder(source)
+        return manifest.read_table(source, self.targets, columns=self.columns, where=self.where)
 
     def setup(self, stage: str) -> None:
         if self.data_report is not None:
@@ -310,17 +333,13 @@ class AudioData(DataModule):
             [clip.labels[:1] for clip in clips] if self.targets == "label" else [0] * len(clips)
         )
         test = self._chosen(clips, "test", self.test_fold, self.test_groups)
-        everything = list(range(len(clips)))
-        if test is None:
-            rest, test = _split(everything, classes, groups, self.test_fraction)
-        else:
-            rest = sorted(set(everything) - set(test))
         val = self._chosen(clips, "val", self.val_fold, None)
+        rest = sorted(set(range(len(clips))) - set(test or ()) - set(val or ()))
+        if test is None:
+            rest, test = _split(rest, classes, groups, self.test_fraction)
         if val is None:
-            train, val = _split(rest, classes, groups, self.val_fraction)
-        else:
-            train = sorted(set(rest) - set(val))
-        parts = {"train": train, "val": val, "test": test}
+            rest, val = _split(rest, classes, groups, self.val_fraction)
+        parts = {"train": rest, "val": sorted(set(val) - set(test)), "test": test}
         for part, indices in parts.items():
             if not indices:
                 raise ValueError(f"{self.source} has no clips to {part} with; see data.{part}_*")

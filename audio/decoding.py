@@ -4,9 +4,11 @@ Dimensions: channels c · samples n
 """
 
 import re
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import soundfile
@@ -15,10 +17,13 @@ from torch import Tensor
 from torchaudio.transforms import Resample
 
 from mamba2_apps.data import UnreadableInput
+from mamba2_apps.shards import Entry
 
 SOUNDFILE_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".aiff", ".aif", ".au")
 PYAV_SUFFIXES = (".m4a", ".aac", ".mp4", ".mkv", ".mka", ".webm", ".wma", ".mov", ".amr")
 AUDIO_SUFFIXES = SOUNDFILE_SUFFIXES + PYAV_SUFFIXES
+Source = str | Path | Entry
+"""A sound file, or one within a shard."""
 
 
 class Recording(NamedTuple):
@@ -40,9 +45,9 @@ class Header(NamedTuple):
     seconds: float
 
 
-def read_header(path: str | Path) -> Header:
+def read_header(path: Source) -> Header:
     """Rate, channels and length of a file. Raises UnreadableInput as `read_audio` does."""
-    if Path(path).suffix.lower() in PYAV_SUFFIXES:
+    if _by_pyav(path):
         samples, rate = read_audio(path)
         return Header(rate, len(samples), samples.shape[1] / rate)
     with _open(path) as file:
@@ -53,7 +58,7 @@ def read_header(path: str | Path) -> Header:
 
 
 def read_audio(
-    path: str | Path, *, start: float = 0.0, end: float | None = None, whole: bool = True
+    path: Source, *, start: float = 0.0, end: float | None = None, whole: bool = True
 ) -> Recording:
     """Decode a file, or a part of it.
 
@@ -61,7 +66,7 @@ def read_audio(
     webm by PyAV (`pip install 'mamba2-apps[media]'`); the file's suffix decides.
 
     Args:
-        path: the file.
+        path: the file, or the place of one within a shard.
         start: first second of the part.
         end: the second at which the part ends; None: the end of the file.
         whole: refuse a file that holds less than it promises.
@@ -69,7 +74,7 @@ def read_audio(
     Raises UnreadableInput, which names the file, for what cannot be decoded or is cut short, for no
     samples, for samples that are not finite, and for a part that lies outside.
     """
-    if Path(path).suffix.lower() in PYAV_SUFFIXES:
+    if _by_pyav(path):
         samples, rate = _read_pyav(path)
         samples = samples[:, _part(path, start, end, rate, samples.shape[1])]
     else:
@@ -115,7 +120,7 @@ def mix_down(samples: Tensor, channel: int | None, name: Any = "input") -> Tenso
 
 
 def _read_soundfile(
-    path: str | Path, start: float, end: float | None, whole: bool
+    path: Source, start: float, end: float | None, whole: bool
 ) -> tuple[np.ndarray, int]:
     with _open(path) as file:
         if whole:
@@ -134,17 +139,36 @@ def _read_soundfile(
         return np.ascontiguousarray(samples.T), file.samplerate
 
 
-def _open(path: str | Path) -> soundfile.SoundFile:
+def _by_pyav(path: Source) -> bool:
+    return Path(path.name if isinstance(path, Entry) else path).suffix.lower() in PYAV_SUFFIXES
+
+
+def _bytes_of(path: Source) -> BinaryIO:
+    if isinstance(path, Entry):
+        return path.open()
     if not Path(path).is_file():
         raise UnreadableInput(f"{path}: does not exist")
-    try:
-        return soundfile.SoundFile(str(path))
-    except (soundfile.LibsndfileError, TypeError) as error:
-        cause = "the file is empty" if Path(path).stat().st_size == 0 else _cause(error)
-        raise UnreadableInput(f"{path}: not a readable sound file ({cause})") from error
+    return Path(path).open("rb")
 
 
-def _check_promise(path: str | Path, file: soundfile.SoundFile) -> None:
+def _given(path: Source, content: BinaryIO) -> Any:
+    """What a decoder opens: a file of its own by its name, which it then reads without Python."""
+    return content if isinstance(path, Entry) else str(path)
+
+
+@contextmanager
+def _open(path: Source) -> Iterator[soundfile.SoundFile]:
+    with ExitStack() as stack:
+        content = stack.enter_context(_bytes_of(path))
+        try:
+            file = stack.enter_context(soundfile.SoundFile(_given(path, content)))
+        except (soundfile.LibsndfileError, TypeError) as error:
+            cause = "the file is empty" if content.seek(0, 2) == 0 else _cause(error)
+            raise UnreadableInput(f"{path}: not a readable sound file ({cause})") from error
+        yield file
+
+
+def _check_promise(path: Source, file: soundfile.SoundFile) -> None:
     """Raise UnreadableInput where a file ends before its own header or its stream says.
 
     libsndfile takes the length of a cut wav, aiff or ogg file from what is left, without an error.
@@ -155,15 +179,15 @@ def _check_promise(path: str | Path, file: soundfile.SoundFile) -> None:
         raise UnreadableInput(
             f"{path}: truncated: {match[2]} of {match[1]} bytes of sound; fetch the file again"
         )
-    if file.format == "OGG" and not _ogg_has_ended(Path(path)):
+    if file.format == "OGG" and not _ogg_has_ended(path):
         raise UnreadableInput(
             f"{path}: truncated: its last page does not end the stream; fetch the file again"
         )
 
 
-def _ogg_has_ended(path: Path) -> bool:
+def _ogg_has_ended(path: Source) -> bool:
     """Whether the last page is marked as the end of its stream (RFC 3533) and is whole."""
-    with path.open("rb") as file:
+    with _bytes_of(path) as file:
         file.seek(0, 2)
         file.seek(max(0, file.tell() - 2**17))  # a page has less than 2^16 bytes
         tail = file.read()
@@ -174,17 +198,15 @@ def _ogg_has_ended(path: Path) -> bool:
     return bool(page[5] & 4) and len(page) >= length
 
 
-def _read_pyav(path: str | Path) -> tuple[np.ndarray, int]:
+def _read_pyav(path: Source) -> tuple[np.ndarray, int]:
     try:
         import av
     except ImportError as error:
         raise UnreadableInput(
             f"{path}: files of this kind are read by PyAV; pip install 'mamba2-apps[media]'"
         ) from error
-    if not Path(path).is_file():
-        raise UnreadableInput(f"{path}: does not exist")
     try:
-        with av.open(str(path)) as container:
+        with _bytes_of(path) as file, av.open(_given(path, file), "r") as container:
             if not container.streams.audio:
                 raise UnreadableInput(f"{path}: has no sound in it")
             stream = container.streams.audio[0]
@@ -212,7 +234,7 @@ def _read_pyav(path: str | Path) -> tuple[np.ndarray, int]:
     return samples.astype(np.float32, copy=False), rate
 
 
-def _part(path: str | Path, start: float, end: float | None, rate: int, frames: int) -> slice:
+def _part(path: Source, start: float, end: float | None, rate: int, frames: int) -> slice:
     first = round(start * rate)
     last = frames if end is None else round(end * rate)
     # Tables are rounded to milliseconds: a part may end a few samples after the file.

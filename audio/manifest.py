@@ -1,7 +1,7 @@
-"""Lists of recordings: a folder for each class, or a CSV or JSONL table; what is wrong with them;
-and splits that keep groups, and equal sounds, on one side.
+"""Lists of recordings: a folder for each class, a CSV or JSONL table, or tar shards; what is wrong
+with them; and splits that keep groups, and equal sounds, on one side.
 
-Columns of a table (a recipe can give others their names):
+Columns of a table, and keys of a shard's KEY.json (a recipe can give others their names):
 
     path    the file, relative to the table's folder
     label   one class; `labels` several tags, separated by ; (in JSONL a list)
@@ -10,6 +10,7 @@ Columns of a table (a recipe can give others their names):
     group   speaker, author, session: what must not be on both sides of a split
     split   train, val or test; `fold` the number of a fold
     channel index of the one channel to use
+    events  in a shard: a list of {label, start, end}
 """
 
 import csv
@@ -29,6 +30,7 @@ from sklearn.model_selection import StratifiedGroupKFold
 
 from mamba2_apps.audio.decoding import AUDIO_SUFFIXES, read_audio, read_header
 from mamba2_apps.data import UnreadableInput
+from mamba2_apps.shards import CLASSES, Entry, class_names, find_files, read_index
 
 PARTS = ("train", "val", "test")
 COLUMNS = (
@@ -59,6 +61,13 @@ class Clip:
     split: str | None = None
     fold: str | None = None
     channel: int | None = None
+    entry: Entry | None = None
+    """Where it lies within a shard; `path` then only names it."""
+
+    @property
+    def file(self) -> str | Entry:
+        """What is decoded."""
+        return self.path if self.entry is None else self.entry
 
     @property
     def name(self) -> str:
@@ -165,10 +174,51 @@ def read_table(
     for number, row in rows:
         values = {name: row.get(column) for name, column in names.items()}
         try:
-            clips.append(_clip(values, path.parent, targets))
+            if not values["path"]:
+                raise ValueError("no path; name the column with data.columns.path")
+            clips.append(_clip(str(path.parent / str(values["path"])), values, targets))
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from error
     return _joined(clips) if targets == "events" else clips
+
+
+def read_shards(
+    pattern: str,
+    targets: Targets,
+    *,
+    columns: Mapping[str, str] | None = None,
+    where: Mapping[str, str] | None = None,
+) -> list[Clip]:
+    """The clips of tar shards, by shard and key.
+
+    Beside a sound, KEY.cls is its label, by its name or by its number in the classes.txt of the
+    shard's folder; KEY.txt is what is said; KEY.json is an object of what a table has in columns. A
+    key without a sound is a file that does not exist.
+
+    Args:
+        pattern: such as train-{000..127}.tar or train-*.tar.
+        targets: what is wanted of each.
+        columns: the shards' own name of a key in KEY.json, by the names of this module.
+        where: keep only the samples whose KEY.json has these values.
+
+    Raises ValueError that names a shard, and the key in it, where it is damaged or one is wrong.
+    """
+    names, clips = _column_names(columns or {}), []
+    for shard in find_files(pattern):
+        classes = class_names(Path(shard).parent)
+        for sample in read_index(shard, AUDIO_SUFFIXES, (".cls", ".txt", ".json")):
+            entry = sample.entry()
+            name = sample.name if entry is None else str(entry)
+            try:
+                row = _object(sample.texts.get(".json", "{}"))
+                if all(str(row.get(k)) == v for k, v in (where or {}).items()):
+                    clip = _described(name, row, sample.texts, names, classes, targets)
+                    clips.append(replace(clip, entry=entry))
+            except ValueError as error:
+                raise ValueError(f"{sample.name}: {error}") from error
+    if not clips:
+        raise ValueError(f"{pattern} holds no samples{f' where {dict(where)}' if where else ''}")
+    return clips
 
 
 def inspect(
@@ -291,10 +341,10 @@ def kind_of(problem: str) -> str:
 def _look(clip: Clip, decode: bool) -> Sound | str:
     try:
         if not decode:
-            header = read_header(clip.path)
+            header = read_header(clip.file)
             seconds = (clip.end or header.seconds) - clip.start
             return Sound(header.rate, header.channels, seconds, None, 0)
-        recording = read_audio(clip.path, start=clip.start, end=clip.end)
+        recording = read_audio(clip.file, start=clip.start, end=clip.end)
     except UnreadableInput as error:
         return str(error)
     samples = recording.samples.numpy()
@@ -321,25 +371,64 @@ def _rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                rows.append((number, _object(line)))
             except ValueError as error:
-                raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number}: expected an object, got {line.strip()}")
-            rows.append((number, row))
+                raise ValueError(f"{path}, line {number}: {error}") from error
         return rows
 
 
-def _clip(values: Mapping[str, Any], folder: Path, targets: Targets) -> Clip:
-    if not values["path"]:
-        raise ValueError("no path; name the column with data.columns.path")
+def _object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"expected an object, got {text.strip()}")
+    return value
+
+
+def _described(
+    name: str,
+    row: Mapping[str, Any],
+    texts: Mapping[str, str],
+    names: Mapping[str, str],
+    classes: Sequence[str] | None,
+    targets: Targets,
+) -> Clip:
+    """The clip of one key of a shard, from its KEY.json, `row`, and the texts beside it."""
+    values = {name: row.get(column) for name, column in names.items()}
+    if ".cls" in texts:
+        values["label"] = _class_name(texts[".cls"], classes)
+    if ".txt" in texts:
+        values["text"] = texts[".txt"]
+    if targets != "events":
+        return _clip(name, values, targets)
+    events = row.get("events") or [{}]
+    if not isinstance(events, list) or not all(isinstance(event, dict) for event in events):
+        raise ValueError(f"events is {events!r}, expected a list of {{label, start, end}}")
+    timed = [{k: event.get(k) for k in ("label", "start", "end")} for event in events]
+    (clip,) = _joined([_clip(name, {**values, **event}, targets) for event in timed])
+    return clip
+
+
+def _class_name(text: str, classes: Sequence[str] | None) -> str:
+    if classes is None:
+        return text
+    if not text.isdecimal() or int(text) >= len(classes):
+        raise ValueError(
+            f".cls is {text!r}, expected a number below {len(classes)}, the lines of {CLASSES}"
+        )
+    return classes[int(text)]
+
+
+def _clip(path: str, values: Mapping[str, Any], targets: Targets) -> Clip:
     start = _number(values["start"], "start", 0.0)
     end = _number(values["end"], "end", None)
     if end is not None and not 0 <= start < end:
         raise ValueError(f"start is {start} and end {end}, expected 0 <= start < end")
     label, several, text = values["label"], values["labels"], values["text"]
     clip = Clip(
-        str(folder / str(values["path"])),
+        path,
         group=_text(values["group"]),
         split=_text(values["split"]),
         fold=_text(values["fold"]),
@@ -354,16 +443,23 @@ def _clip(values: Mapping[str, Any], folder: Path, targets: Targets) -> Clip:
     clip = replace(clip, start=start, end=end)
     if targets == "label":
         if label in (None, ""):
-            raise ValueError("no label; name the column with data.columns.label")
+            raise ValueError(f"no label; {_whereabouts('label', '.cls')}")
         return replace(clip, labels=(str(label),))
     if targets == "labels":
         parts = several if isinstance(several, list) else str(several or "").split(";")
         return replace(clip, labels=tuple(str(p).strip() for p in parts if str(p).strip()))
     if targets == "text":
         if text is None:
-            raise ValueError("no text; name the column with data.columns.text")
+            raise ValueError(f"no text; {_whereabouts('text', '.txt')}")
         return replace(clip, text=" ".join(str(text).split()))
     return clip
+
+
+def _whereabouts(name: str, suffix: str) -> str:
+    return (
+        f"data.columns.{name} names its column (in a shard: write KEY{suffix}, or name its key in "
+        "KEY.json)"
+    )
 
 
 def _joined(clips: Sequence[Clip]) -> list[Clip]:

@@ -53,7 +53,7 @@ class AudioPreprocessing(Preprocessing):
         name, channel = "the samples", self.channel
         if isinstance(item, Clip):
             name, channel = item.name, self.channel if item.channel is None else item.channel
-            recording = read_audio(item.path, start=item.start, end=item.end)
+            recording = read_audio(item.file, start=item.start, end=item.end)
         elif isinstance(item, str | Path):
             name, recording = str(item), read_audio(item)
         else:
