@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from sklearn.linear_model import LogisticRegression
 
 import mamba2_apps
 from mamba2_apps import catalog, cli, recipes, runs
@@ -107,6 +108,10 @@ def trained(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(SyncedCheckpointIO, "save_checkpoint", save_and_keep)
+        # One quick baseline, and no pictures of images: the domains' own tests have all of them.
+        quick = {"logistic regression": LogisticRegression(max_iter=2000)}
+        patch.setattr("mamba2_apps.genomics.splice.baseline_models", lambda: quick)
+        patch.setattr("mamba2_apps.vision.data.ImageData.report", lambda self, task, folder: None)
         for domain, case in CASES.items():
             train(case, folder / domain, "--trainer.checkpoint_every_n_steps=1")
     return folder
