@@ -166,6 +166,16 @@ def test_splice_augmentation_keeps_the_class_and_the_middle_and_repeats():
         assert any(own_left) or any(own_right)
 
 
+def test_splice_numbers_in_the_guide_are_the_recorded_ones():
+    root = Path(__file__).parent.parent
+    guide = (root / "docs/genomics.md").read_text(encoding="utf-8")
+    recorded = json.loads((root / "benchmarks/results/genomics_splice.json").read_text())
+    seeds = [f"{recorded['accuracy_by_seed'][seed]:.4f}" for seed in "012"]
+    assert f"{', '.join(seeds)} (mean {recorded['mean_accuracy']:.4f})" in guide
+    for name, accuracy in recorded["baselines"].items():
+        assert f"| {name} | {accuracy:.4f} |" in guide
+
+
 # Tables and folders
 
 
