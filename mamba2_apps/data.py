@@ -304,6 +304,11 @@ class DataModule(LightningDataModule, ABC):
             **options,
         )
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the trainer, some of whose callbacks cannot be pickled: where workers are not
+        forked (macOS, Windows, Python 3.14) each gets a copy of what augments its samples."""
+        return self.__dict__ | {"trainer": None}
+
     def state_dict(self) -> dict[str, Any]:
         """The place in the data, saved with every checkpoint."""
         loop = self.trainer.fit_loop  # type: ignore[union-attr]

@@ -7,9 +7,11 @@ cannot.
 import csv
 import dataclasses
 import json
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -115,6 +117,18 @@ def trained(tmp_path_factory):
         for domain, case in CASES.items():
             train(case, folder / domain, "--trainer.checkpoint_every_n_steps=1")
     return folder
+
+
+@pytest.mark.parametrize("domain", CASES)
+def test_workers_need_not_be_forked(domain):
+    """Where they are not, each gets a copy of the data, which must not hold the trainer."""
+    data = recipes.read(catalog.find(CASES[domain].recipe))[0].data
+    data.setup("fit")
+    data.trainer = SimpleNamespace(global_rank=0, world_size=1, callbacks=[lambda: None])
+    dataset = data.train_dataloader().dataset
+    copied = pickle.loads(pickle.dumps(dataset))
+    for name, value in dataset[0, 1].items():
+        assert torch.equal(torch.as_tensor(value), torch.as_tensor(copied[0, 1][name])), name
 
 
 @pytest.mark.parametrize("domain", CASES)
