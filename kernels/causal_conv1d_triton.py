@@ -28,6 +28,7 @@ from torch import Tensor
 
 from .dispatch import is_plain
 from .launching import Launch, Prepared, on, prepare
+from .registration import register
 
 TILE_TOKENS = 16  # forward: tokens a program
 FORWARD_CHANNELS = 128
@@ -573,35 +574,19 @@ def _differentiate(ctx, dy, dfinal):
     )
 
 
-class _Direct(torch.autograd.Function):
-    """The operator for tensors that need no dispatcher, which takes longer than a small call."""
-
-    forward = staticmethod(_forward)
-    setup_context = staticmethod(_setup_context)
-    backward = staticmethod(_differentiate)
-
-
-def _no_second_derivative(ctx, *grads):
-    raise RuntimeError('the Triton backend has no second derivatives; use backend="torch"')
-
-
-_OP = "mamba2_apps::causal_conv1d_triton"
-torch.library.define(
-    _OP,
+_Direct = register(
+    "causal_conv1d_triton",
     "(Tensor x, Tensor weight, Tensor? bias, bool silu, Tensor? initial_states, "
     "Tensor? cu_seqlens, bool reverse, bool return_final_states) -> (Tensor, Tensor)",
-)
-torch.library.impl(_OP, ("cpu", "cuda"))(_forward)
-torch.library.register_fake(_OP)(_forward_fake)
-torch.library.register_autograd(_OP, _differentiate, setup_context=_setup_context)
-torch.library.define(
-    f"{_OP}_backward",
+    _forward,
+    _forward_fake,
     "(Tensor dy, Tensor? dfinal, Tensor x, Tensor weight, Tensor? bias, bool silu, "
     "Tensor? initial_states, Tensor? cu_seqlens, bool reverse) -> (Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+    _differentiate,
+    _setup_context,
 )
-torch.library.impl(f"{_OP}_backward", ("cpu", "cuda"))(_backward)
-torch.library.register_fake(f"{_OP}_backward")(_backward_fake)
-torch.library.register_autograd(f"{_OP}_backward", _no_second_derivative)
 
 
 def causal_conv1d(

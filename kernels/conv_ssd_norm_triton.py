@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import causal_conv1d_triton, gated_rms_norm_triton, ssd_triton
 from .dispatch import is_plain
+from .registration import register
 
 
 class _Sizes(NamedTuple):
@@ -162,19 +163,6 @@ def _differentiate(ctx, dy, *_):
     return *(None if t is None else next(given) for t in saved[:7]), *(None,) * 9
 
 
-class _Direct(torch.autograd.Function):
-    """The operator for tensors that need no dispatcher, which takes longer than a small call."""
-
-    forward = staticmethod(_forward)
-    setup_context = staticmethod(_setup_context)
-    backward = staticmethod(_differentiate)
-
-
-def _no_second_derivative(ctx, *grads):
-    raise RuntimeError('the Triton backend has no second derivatives; use backend="torch"')
-
-
-_OP = "mamba2_apps::conv_ssd_norm_triton"
 _TENSORS = (
     "Tensor zxBCdt, Tensor conv_weight, Tensor? conv_bias, Tensor dt_bias, Tensor A, Tensor? D, "
     "Tensor norm_weight, Tensor? cu_seqlens"
@@ -183,17 +171,17 @@ _SETTINGS = (
     "SymInt headdim, SymInt ngroups, SymInt d_state, float low, float high, float eps, "
     "SymInt group_size, bool norm_before_gate"
 )
-torch.library.define(_OP, f"({_TENSORS}, {_SETTINGS}) -> (Tensor, Tensor, Tensor)")
-torch.library.impl(_OP, ("cpu", "cuda"))(_forward)
-torch.library.register_fake(_OP)(_forward_fake)
-torch.library.register_autograd(_OP, _differentiate, setup_context=_setup_context)
-torch.library.define(
-    f"{_OP}_backward",
+_Direct = register(
+    "conv_ssd_norm_triton",
+    f"({_TENSORS}, {_SETTINGS}) -> (Tensor, Tensor, Tensor)",
+    _forward,
+    _forward_fake,
     f"(Tensor dy, {_TENSORS}, Tensor mixed, Tensor scanned, {_SETTINGS}) -> Tensor[]",
+    _backward,
+    _backward_fake,
+    _differentiate,
+    _setup_context,
 )
-torch.library.impl(f"{_OP}_backward", ("cpu", "cuda"))(_backward)
-torch.library.register_fake(f"{_OP}_backward")(_backward_fake)
-torch.library.register_autograd(f"{_OP}_backward", _no_second_derivative)
 
 
 def conv_ssd_norm(

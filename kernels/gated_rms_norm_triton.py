@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .dispatch import is_plain
 from .launching import Launch, Prepared, on, prepare
+from .registration import register
 
 # Elements that a program works on at once, where a group is not larger, and elements a thread.
 FORWARD_TILE = 2048
@@ -243,35 +244,19 @@ def _differentiate(ctx, dy):
     return dx, dweight, None if z is None else dz, None, None, None
 
 
-class _Direct(torch.autograd.Function):
-    """The operator for tensors that need no dispatcher, which takes longer than a small call."""
-
-    forward = staticmethod(_forward)
-    setup_context = staticmethod(_setup_context)
-    backward = staticmethod(_differentiate)
-
-
-def _no_second_derivative(ctx, *grads):
-    raise RuntimeError('the Triton backend has no second derivatives; use backend="torch"')
-
-
-_OP = "mamba2_apps::gated_rms_norm_triton"
-torch.library.define(
-    _OP,
+_Direct = register(
+    "gated_rms_norm_triton",
     "(Tensor x, Tensor weight, Tensor? z, float eps, SymInt group_size, bool norm_before_gate) "
     "-> Tensor",
-)
-torch.library.impl(_OP, ("cpu", "cuda"))(_forward)
-torch.library.register_fake(_OP)(_forward_fake)
-torch.library.register_autograd(_OP, _differentiate, setup_context=_setup_context)
-torch.library.define(
-    f"{_OP}_backward",
+    _forward,
+    _forward_fake,
     "(Tensor dy, Tensor x, Tensor weight, Tensor? z, float eps, SymInt group_size, "
     "bool norm_before_gate) -> (Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+    _differentiate,
+    _setup_context,
 )
-torch.library.impl(f"{_OP}_backward", ("cpu", "cuda"))(_backward)
-torch.library.register_fake(f"{_OP}_backward")(_backward_fake)
-torch.library.register_autograd(f"{_OP}_backward", _no_second_derivative)
 
 
 def gated_rms_norm(
