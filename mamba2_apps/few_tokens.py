@@ -43,7 +43,7 @@ def mix(mixer: Any, u: Tensor, window: Tensor, state: Tensor) -> tuple[Tensor, T
         window: (b, d_conv - 1, conv_dim), the inputs before.
         state: (b, h, p, n) float32. Neither is modified.
     """
-    *mlp, z, xBC, dt = mixer.in_proj(u).split(mixer._split_sizes, dim=-1)
+    *mlp, z, xBC, dt = _project(u, mixer.in_proj).split(mixer._split_sizes, dim=-1)
     inputs = torch.cat([window, xBC], 1)
     taps = inputs.unfold(1, mixer.d_conv, 1) * mixer.conv1d.weight.squeeze(1)
     mixed = taps.sum(-1) if mixer.conv1d.bias is None else taps.sum(-1) + mixer.conv1d.bias
@@ -54,8 +54,15 @@ def mix(mixer: Any, u: Tensor, window: Tensor, state: Tensor) -> tuple[Tensor, T
     y, state = _scan(x, dt, mixer._decay_rates(), B, C, state)
     skip = mixer._skip()
     y = y + (skip if skip.ndim == 2 else skip[:, None]) * x
-    out = mixer.out_proj(_gate(mixer, y.flatten(-2), z, mlp))
+    out = _project(_gate(mixer, y.flatten(-2), z, mlp), mixer.out_proj)
     return out, inputs[:, u.shape[1] :].clone(), state
+
+
+def _project(u: Tensor, linear: Any) -> Tensor:
+    """linear(u) with the weights on the left, where few columns take less than half the time."""
+    rows = (linear.weight @ u.flatten(0, -2).t()).t()
+    rows = rows if linear.bias is None else rows + linear.bias
+    return rows.unflatten(0, u.shape[:-1])
 
 
 def _scan(
