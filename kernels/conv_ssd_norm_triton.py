@@ -146,8 +146,7 @@ def _backward_fake(dy, *inputs) -> list[Tensor]:
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    *tensors, ctx.headdim, ctx.ngroups, ctx.d_state = inputs[:11]
-    ctx.settings = inputs[11:]
+    tensors, ctx.settings = inputs[:8], inputs[8:]
     _, mixed, scanned = output
     ctx.mark_non_differentiable(mixed, scanned)
     ctx.set_materialize_grads(False)
@@ -158,8 +157,8 @@ def _differentiate(ctx, dy, *_):
     saved = ctx.saved_tensors
     direct = not torch.is_grad_enabled() and is_plain(dy, *saved)
     run: Any = _backward if direct else torch.ops.mamba2_apps.conv_ssd_norm_triton_backward
-    given = iter(run(dy, *saved, ctx.headdim, ctx.ngroups, ctx.d_state, *ctx.settings))
-    # cu_seqlens and what is no tensor have none.
+    given = iter(run(dy, *saved, *ctx.settings))
+    # cu_seqlens and the settings have none.
     return *(None if t is None else next(given) for t in saved[:7]), *(None,) * 9
 
 
@@ -184,27 +183,8 @@ _Direct = register(
 )
 
 
-def conv_ssd_norm(
-    zxBCdt: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Tensor | None,
-    dt_bias: Tensor,
-    A: Tensor,
-    D: Tensor | None,
-    norm_weight: Tensor,
-    cu_seqlens: Tensor | None,
-    headdim: int,
-    ngroups: int,
-    d_state: int,
-    low: float,
-    high: float,
-    eps: float,
-    group_size: int,
-    norm_before_gate: bool,
-) -> Tensor:
-    """`kernels.conv_ssd_norm` on arguments that are already checked."""
-    tensors = zxBCdt, conv_weight, conv_bias, dt_bias, A, D, norm_weight, cu_seqlens
-    run = _Direct.apply if is_plain(*tensors) else torch.ops.mamba2_apps.conv_ssd_norm_triton
-    settings = headdim, ngroups, d_state, low, high, eps, group_size, norm_before_gate
-    y, _, _ = run(*tensors, *settings)
+def conv_ssd_norm(*inputs: Any) -> Tensor:
+    """`kernels.conv_ssd_norm` on checked arguments, in the order of `_forward`."""
+    run = _Direct.apply if is_plain(*inputs[:8]) else torch.ops.mamba2_apps.conv_ssd_norm_triton
+    y, _, _ = run(*inputs)
     return y
