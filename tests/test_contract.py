@@ -26,6 +26,8 @@ from mamba2_apps import catalog, cli, recipes, runs
 from mamba2_apps.data import UnreadableInput
 from mamba2_apps.training import LAST, SyncedCheckpointIO
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # The same backbone everywhere, so that weights may move.
 BACKBONE = [
     "--model.backbone.d_model=32", "--model.backbone.n_layer=2", "--model.backbone.d_state=8",
@@ -80,14 +82,6 @@ CASES = {
     "genomics": Case("genomics/splice", sequence, nothing("empty.fa"), 512),
     "audio": Case("audio/sounds", sound, nothing("empty.wav"), 32),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def train(case: Case, run: Path, *overrides: str) -> dict[str, Any]:

@@ -16,6 +16,8 @@ from mamba2_apps import catalog, runs
 from mamba2_apps.data import EpochSampler, ShardedBatches
 from mamba2_apps.training import LAST, TrainerConfig
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SMALL = [
     "--model.backbone.d_model=16", "--model.backbone.n_layer=2", "--model.backbone.headdim=16",
     "--trainer.accelerator=cpu", "--trainer.max_epochs=2", "--optimizer.warmup_epochs=0.5",
@@ -36,14 +38,6 @@ def train(*words: str, **environment: str) -> subprocess.CompletedProcess:
         text=True,
         timeout=300,
     )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

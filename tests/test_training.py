@@ -25,6 +25,8 @@ from mamba2_apps.training import (
 )
 from mamba2_apps.vision.digits import Digits
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # Dropped paths, augmentation, EMA, early stopping, clipping and accumulation: all that has a state.
 SMALL = [
     "--model.backbone.d_model=16",
@@ -38,14 +40,6 @@ SMALL = [
     "--trainer.early_stop_patience=2",
     "--optimizer.warmup_epochs=0.5",
 ]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)
