@@ -130,6 +130,16 @@ def build(row: dict[str, Any], device: str) -> Callable[[], object]:
     return step
 
 
+def build_if_room(row: dict[str, Any], device: str) -> Callable[[], object] | None:
+    """`build`, or None where memory is full; the compiler wraps that error in one of its own."""
+    try:
+        return build(row, device)
+    except (torch.OutOfMemoryError, BackendCompilerFailed) as error:
+        if "out of memory" not in str(error):
+            raise
+        return None
+
+
 def clock(step: Callable[[], object], row: dict[str, Any], budget: float) -> dict[str, Any]:
     """Images a second and peak memory of a step."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -158,22 +168,21 @@ def work(
         step = None
         with chosen_ssd(row["model"] if row else ""):
             for _ in range(4 if row else 0):
-                try:
-                    step = build(row, device)
+                step = build_if_room(row, device)
+                if step is not None:
                     break
-                except (torch.OutOfMemoryError, BackendCompilerFailed) as error:
-                    if "out of memory" not in str(error):
-                        raise
                 _free(device)
                 time.sleep(5)  # others are done with their first steps soon
             _free(device)
             barrier.wait()
             with turn:
                 if row is not None:
+                    step = step or build_if_room(row, device)
+                    full = {"failed": "out of memory"}
                     try:
-                        out.put(clock(step or build(row, device), row, budget))
+                        out.put(row | full if step is None else clock(step, row, budget))
                     except torch.OutOfMemoryError:
-                        out.put(row | {"failed": "out of memory"})
+                        out.put(row | full)
                     step = None
                     _free(device)
         barrier.wait()
