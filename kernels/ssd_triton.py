@@ -102,6 +102,9 @@ def _forward(
         stored = stores_states(2 if dt.dim() == 4 else 1, B.shape[-1])
         design = ChunkedForward if stored else Forward
         call = prepare(design, tensors, settings, return_final_states, save_ungated)
+        if call.far:
+            near = (*_near(tensors), *settings, return_final_states, save_ungated)
+            return _forward(*near)
         y = torch.empty(call.shape, dtype=x.dtype, device=x.device)
         final = ungated = workspace = states = None
         if return_final_states:
@@ -133,6 +136,11 @@ def _backward(
         dfinal = None if dfinal is None else dfinal.contiguous()
         of_dfinal = dfinal is not None
         call = prepare(Backward, (*tensors, dy), settings, of_dfinal, _layout(into, dt))
+        if call.far:
+            dy, *near = _near((dy, *tensors[:6], None, *tensors[7:]))  # z's gradient is there
+            again = (dy, dfinal, *near, ungated, *settings, into)
+            found = _backward(*again)
+            return (*found[:6], dz, *found[7:])
         workspace = torch.empty(call.floats, dtype=torch.float32, device=x.device)
         states = call.states_in(workspace)
         if into is None:
@@ -159,6 +167,11 @@ def _backward(
         if dinit is not None:
             dinit = dinit.to(initial_states.dtype)
     return dx, ddt, dA, dB, dC, dD, dz, dbias, dinit
+
+
+def _near(tensors):
+    """Copies without gaps, of tensors whose strides are too long for the kernels."""
+    return tuple(None if t is None else t.contiguous() for t in tensors)
 
 
 def _gate_backward(dout: Tensor, z: Tensor, ungated: Tensor) -> tuple[Tensor, Tensor]:

@@ -25,11 +25,13 @@ import triton.language as tl
 
 from .ssd_triton_scan import (
     UNSPECIALIZED,
-    load_tile,
+    chunk_of,
+    is_inside,
+    load_rows,
     not_hoisted,
     products,
     softplus,
-    tokens_of,
+    tile_mask,
 )
 
 
@@ -79,9 +81,9 @@ def _input_gradient(
     cum_off, dtp_off, fade_off, carried_off, l, nseq, slots, rows, row, dx_row, base, tile, heads,
     first_head, head_count, segments, segment_slots, reverse, skips, dx_sl, p, n,
     SCANS: tl.constexpr, DIRECTIONS: tl.constexpr, HAS_D: tl.constexpr, D_MATRIX: tl.constexpr,
-    PACKED: tl.constexpr, SEGMENTED: tl.constexpr, P_TILES: tl.constexpr, N_TILES: tl.constexpr,
-    CHUNK: tl.constexpr, Q: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr, DOT: tl.constexpr,
-    STAGES: tl.constexpr,
+    PACKED: tl.constexpr, SEGMENTED: tl.constexpr, FULL: tl.constexpr, P_TILES: tl.constexpr,
+    N_TILES: tl.constexpr, CHUNK: tl.constexpr, Q: tl.constexpr, PB: tl.constexpr,
+    NB: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dx of one tile: the forward kernel with dy for x, R for S, B and C exchanged, time turned."""
     TILES: tl.constexpr = CHUNK // Q
@@ -96,23 +98,29 @@ def _input_gradient(
     r = tl.arange(0, Q)
     r_own = half * Q + r
     r_other = (1 - half) * Q + r
-    token, valid = tokens_of(cu_ptr, slot, r_own, l, nseq, PACKED, CHUNK)
-    other, other_valid = tokens_of(cu_ptr, slot, r_other, l, nseq, PACKED, CHUNK)
+    chunk, start, end = chunk_of(cu_ptr, slot, l, nseq, PACKED, CHUNK)
+    valid = is_inside(chunk, r_own, start, end, PACKED)
+    other_valid = is_inside(chunk, r_other, start, end, PACKED)
+    base_token = chunk.to(tl.int64)
+    B_at += base_token * B_sl
+    C_at += base_token * C_sl
+    dy_row += base_token * dy_sl
     n_offs = tl.arange(0, NB)
-    b = load_tile(B_at, token, B_sl, valid, n_offs, B_sn, n_offs < n)
-    bc = products(B_at, B_sl, B_sn, token, valid, C_at, C_sl, C_sn, token, valid, n,
-                  N_TILES, Q, NB, DOT).to(b.dtype)  # fmt: skip
+    b = load_rows(B_at, r_own, B_sl, valid, n_offs, B_sn, n_offs < n, FULL)
+    bc = products(B_at, B_sl, B_sn, r_own, valid, C_at, C_sl, C_sn, r_own, valid, n,
+                  FULL, N_TILES, Q, NB, DOT).to(b.dtype)  # fmt: skip
     bc_far = bc
     if TILES == 2:
-        bc_far = products(B_at, B_sl, B_sn, token, valid, C_at, C_sl, C_sn, other,
-                          other_valid & has_other, n, N_TILES, Q, NB, DOT).to(b.dtype)  # fmt: skip
+        bc_far = products(B_at, B_sl, B_sn, r_own, valid, C_at, C_sl, C_sn, r_other,
+                          other_valid & has_other, n, FULL, N_TILES, Q, NB, DOT)  # fmt: skip
+        bc_far = bc_far.to(b.dtype)
 
     for item in tl.range(0, head_count * P_TILES, num_stages=STAGES):
         head = (first_head + item // P_TILES).to(tl.int64)
         p_offs = item % P_TILES * PB + tl.arange(0, PB)
         p_mask = p_offs < p
         dy_at = dy_row + head * dy_sh
-        dyt = load_tile(dy_at, token, dy_sl, valid, p_offs, dy_sp, p_mask)
+        dyt = load_rows(dy_at, r_own, dy_sl, valid, p_offs, dy_sp, p_mask, FULL)
         acc = tl.zeros((Q, PB), dtype=tl.float32)
         if HAS_D:
             if D_MATRIX:
@@ -138,7 +146,7 @@ def _input_gradient(
                 )  # fmt: skip
                 bt = b
                 if N_TILES > 1:
-                    bt = load_tile(B_at, token, B_sl, valid, offs, B_sn, offs < n)
+                    bt = load_rows(B_at, r_own, B_sl, valid, offs, B_sn, offs < n, FULL)
                 given = tl.dot(bt, leaving, given, input_precision=DOT)
             cum = tl.load(ws + cum_off + at + r_own)
             dt = tl.load(ws + dtp_off + at + r_own)
@@ -154,12 +162,13 @@ def _input_gradient(
                 cum_own = tl.load(ws + cum_off + far_at + r_own)
                 dt_own = tl.load(ws + dtp_off + far_at + r_own)
                 cum_far = tl.load(ws + cum_off + far_at + r_other)
-                dy_far = load_tile(dy_at, other, dy_sl, other_valid, p_offs, dy_sp, p_mask)
+                dy_far = load_rows(dy_at, r_other, dy_sl, other_valid, p_offs, dy_sp, p_mask, FULL)
                 far = tl.exp2(cum_far[None, :] - cum_own[:, None]) * dt_own[:, None]
                 far *= bc_far.to(tl.float32)
                 acc = tl.dot(far.to(dy_far.dtype), dy_far, acc, input_precision=DOT)
-        at = ((dx_row * l + token) * dx_sl + head * p)[:, None] + p_offs[None, :]
-        tl.store(dx + at, acc.to(dx.dtype.element_ty), mask=valid[:, None] & p_mask[None, :])
+        out = dx + (dx_row * l + base_token) * dx_sl + head * p
+        at = r_own[:, None] * dx_sl + p_offs[None, :]
+        tl.store(out + at, acc.to(dx.dtype.element_ty), mask=tile_mask(valid, p_mask, FULL))
 
 
 @triton.jit
@@ -169,9 +178,9 @@ def _mixing_gradient(
     l, nseq, slots, rows, row, base, dD_row, dD_rows, slot, half, heads, first_head, head_count,
     tiles, reverse, after, skips, p, n,
     SCANS: tl.constexpr, DIRECTIONS: tl.constexpr, FAR: tl.constexpr, HAS_D: tl.constexpr,
-    D_MATRIX: tl.constexpr, PACKED: tl.constexpr, P_TILES: tl.constexpr, N_TILES: tl.constexpr,
-    CHUNK: tl.constexpr, Q: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr, DOT: tl.constexpr,
-    STAGES: tl.constexpr,
+    D_MATRIX: tl.constexpr, PACKED: tl.constexpr, FULL: tl.constexpr, P_TILES: tl.constexpr,
+    N_TILES: tl.constexpr, CHUNK: tl.constexpr, Q: tl.constexpr, PB: tl.constexpr,
+    NB: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """M of a block: rows j of tile `half`, columns t of the same tile or (FAR) of the other.
 
@@ -182,10 +191,14 @@ def _mixing_gradient(
     r_t = r_own
     if FAR:
         r_t = (1 - half) * Q + r
-    token, valid = tokens_of(cu_ptr, slot, r_own, l, nseq, PACKED, CHUNK)
-    token_t, valid_t = tokens_of(cu_ptr, slot, r_t, l, nseq, PACKED, CHUNK)
-    bc = products(B_at, B_sl, B_sn, token, valid, C_at, C_sl, C_sn, token_t, valid_t, n,
-                  N_TILES, Q, NB, DOT)  # fmt: skip
+    chunk, start, end = chunk_of(cu_ptr, slot, l, nseq, PACKED, CHUNK)
+    valid = is_inside(chunk, r_own, start, end, PACKED)
+    valid_t = is_inside(chunk, r_t, start, end, PACKED)
+    base_token = chunk.to(tl.int64)
+    x_row += base_token * x_sl
+    dy_row += base_token * dy_sl
+    bc = products(B_at + base_token * B_sl, B_sl, B_sn, r_own, valid, C_at + base_token * C_sl,
+                  C_sl, C_sn, r_t, valid_t, n, FULL, N_TILES, Q, NB, DOT)  # fmt: skip
     total = tl.zeros((Q, Q), dtype=tl.float32)
     # Sums over headdim, which start anew with each head.
     row_0 = tl.zeros((Q,), dtype=tl.float32)
@@ -199,8 +212,8 @@ def _mixing_gradient(
         p_offs = p_tile * PB + tl.arange(0, PB)
         p_mask = p_offs < p
         keep = tl.where(p_tile == 0, 0.0, 1.0)
-        xt = load_tile(x_row + head * x_sh, token, x_sl, valid, p_offs, x_sp, p_mask)
-        dyt = load_tile(dy_row + head * dy_sh, token_t, dy_sl, valid_t, p_offs, dy_sp, p_mask)
+        xt = load_rows(x_row + head * x_sh, r_own, x_sl, valid, p_offs, x_sp, p_mask, FULL)
+        dyt = load_rows(dy_row + head * dy_sh, r_t, dy_sl, valid_t, p_offs, dy_sp, p_mask, FULL)
         g = tl.dot(xt, tl.trans(dyt), input_precision=DOT)
         if FAR:
             line = (after * rows + row) * heads + head
@@ -265,9 +278,10 @@ def chunk_backward_kernel(
     mix_off, l, nseq, slots, first_row, rows, batch, heads, heads_per_group, heads_per_program,
     splits, tiles, segments, segment_slots, reverse, dx_sl, p, n,
     SCANS: tl.constexpr, DIRECTIONS: tl.constexpr, X_SHARED: tl.constexpr, HAS_D: tl.constexpr,
-    D_MATRIX: tl.constexpr, PACKED: tl.constexpr, SEGMENTED: tl.constexpr, P_TILES: tl.constexpr,
-    N_TILES: tl.constexpr, CHUNK: tl.constexpr, Q: tl.constexpr, PB: tl.constexpr,
-    NB: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr, BLOCKS: tl.constexpr,
+    D_MATRIX: tl.constexpr, PACKED: tl.constexpr, SEGMENTED: tl.constexpr, FULL: tl.constexpr,
+    P_TILES: tl.constexpr, N_TILES: tl.constexpr, CHUNK: tl.constexpr, Q: tl.constexpr,
+    PB: tl.constexpr, NB: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Per chunk TILES programs for dx and BLOCKS for M and the sums of dcum, in one launch.
 
@@ -309,8 +323,8 @@ def chunk_backward_kernel(
             states, cum_off, dtp_off, fade_off, carried_off, l, nseq, slots, rows, row, target_row,
             base, slot * TILES + job, heads, first_head, head_count, segments, segment_slots,
             reverse, skips, dx_sl, p, n,
-            SCANS, DIRECTIONS, HAS_D, D_MATRIX, PACKED, SEGMENTED, P_TILES, N_TILES, CHUNK, Q, PB,
-            NB, DOT, STAGES,
+            SCANS, DIRECTIONS, HAS_D, D_MATRIX, PACKED, SEGMENTED, FULL, P_TILES, N_TILES, CHUNK, Q,
+            PB, NB, DOT, STAGES,
         )  # fmt: skip
     elif block < TILES:
         _mixing_gradient(
@@ -318,8 +332,8 @@ def chunk_backward_kernel(
             dy_sp, cu_ptr, ws, matrix, cum_off, dtp_off, row_off, far_off, column_off,
             column_far_off, dD_off, l, nseq, slots, rows, row, base, target_row, target_rows, slot,
             block, heads, first_head, head_count, tiles, reverse, base.to(tl.int32), skips, p, n,
-            SCANS, DIRECTIONS, False, HAS_D, D_MATRIX, PACKED, P_TILES, N_TILES, CHUNK, Q, PB, NB,
-            DOT, STAGES,
+            SCANS, DIRECTIONS, False, HAS_D, D_MATRIX, PACKED, FULL, P_TILES, N_TILES, CHUNK, Q, PB,
+            NB, DOT, STAGES,
         )  # fmt: skip
     else:
         half = reverse  # the tile that another follows in scan order
@@ -332,26 +346,26 @@ def chunk_backward_kernel(
             dy_sp, cu_ptr, ws, matrix, cum_off, dtp_off, row_off, far_off, column_off,
             column_far_off, dD_off, l, nseq, slots, rows, row, base, target_row, target_rows, slot,
             half, heads, first_head, head_count, tiles, reverse, after, skips, p, n,
-            SCANS, DIRECTIONS, True, HAS_D, D_MATRIX, PACKED, P_TILES, N_TILES, CHUNK, Q, PB, NB,
-            DOT, STAGES,
+            SCANS, DIRECTIONS, True, HAS_D, D_MATRIX, PACKED, FULL, P_TILES, N_TILES, CHUNK, Q, PB,
+            NB, DOT, STAGES,
         )  # fmt: skip
 
 
 @triton.jit
 def _shared_side(
     V, v_sl, v_sp, v_sh, U, u_sl, u_sn, O, o_sl, o_sn, matrix, matrix_row, matrix_column, target,
-    cum_at, dtp_at, vector, overlap, states, ws, fade_off, carried_off, line, token, valid, slot,
+    cum_at, dtp_at, vector, overlap, states, ws, fade_off, carried_off, line, valid, slot,
     slots, rows, heads, target_sl, first_head, head_count, mix_splits, segments, segment_slots,
     backwards_of_one, own, p, n,
     SCANS: tl.constexpr, DIRECTIONS: tl.constexpr, OF_B: tl.constexpr, SEGMENTED: tl.constexpr,
-    P_TILES: tl.constexpr, CHUNK: tl.constexpr, Q: tl.constexpr, PB: tl.constexpr,
-    NB: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
+    FULL: tl.constexpr, P_TILES: tl.constexpr, CHUNK: tl.constexpr, Q: tl.constexpr,
+    PB: tl.constexpr, NB: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dB (V = x, U = B, O = C) or dC (V = dy, U = C, O = B) of one chunk and block of dstate."""
     r = tl.arange(0, CHUNK)
     n_offs = own * NB + tl.arange(0, NB)
     n_mask = n_offs < n
-    u = load_tile(U, token, u_sl, valid, n_offs, u_sn, n_mask)
+    u = load_rows(U, r, u_sl, valid, n_offs, u_sn, n_mask, FULL)
     acc = tl.zeros((CHUNK, NB), dtype=tl.float32)
     sum_0 = tl.zeros((CHUNK,), dtype=tl.float32)
     sum_1 = tl.zeros((CHUNK,), dtype=tl.float32)
@@ -363,7 +377,7 @@ def _shared_side(
         p_offs = p_tile * PB + tl.arange(0, PB)
         p_mask = p_offs < p
         keep = tl.where(p_tile == 0, 0.0, 1.0)
-        v = load_tile(V + head * v_sh, token, v_sl, valid, p_offs, v_sp, p_mask)
+        v = load_rows(V + head * v_sh, r, v_sl, valid, p_offs, v_sp, p_mask, FULL)
         for direction in tl.static_range(DIRECTIONS):
             backwards = backwards_of_one
             if DIRECTIONS == 2:
@@ -409,7 +423,7 @@ def _shared_side(
                 sums = sum_1
             tl.store(vector + (this * slots + slot) * CHUNK + r, sums)
 
-    o = load_tile(O, token, o_sl, valid, n_offs, o_sn, n_mask)
+    o = load_rows(O, r, o_sl, valid, n_offs, o_sn, n_mask, FULL)
     m_at = r[:, None] * matrix_row + r[None, :] * matrix_column
     # The tile that no other follows has no block outside the diagonal, unless both directions do.
     later = (r[None, :] // Q - r[:, None] // Q) * (1 - 2 * backwards_of_one)
@@ -421,8 +435,8 @@ def _shared_side(
         matrix += slots.to(tl.int64) * CHUNK * CHUNK
         acc = tl.dot(m, o, acc, input_precision=DOT)
     tl.store(
-        target + (token * target_sl)[:, None] + n_offs[None, :], acc.to(target.dtype.element_ty),
-        mask=valid[:, None] & n_mask[None, :],
+        target + (r[:, None] * target_sl + n_offs[None, :]), acc.to(target.dtype.element_ty),
+        mask=tile_mask(valid, n_mask, FULL),
     )  # fmt: skip
 
 
@@ -436,7 +450,7 @@ def shared_backward_kernel(
     l, nseq, slots, first_row, rows, batch, heads, heads_per_group, heads_per_program, splits,
     mix_splits, segments, segment_slots, reverse, target_sl, p, n,
     SCANS: tl.constexpr, DIRECTIONS: tl.constexpr, PACKED: tl.constexpr,
-    SEGMENTED: tl.constexpr, P_TILES: tl.constexpr, N_TILES: tl.constexpr,
+    SEGMENTED: tl.constexpr, FULL: tl.constexpr, P_TILES: tl.constexpr, N_TILES: tl.constexpr,
     CHUNK: tl.constexpr, Q: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr,
     DOT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -462,10 +476,12 @@ def shared_backward_kernel(
         reverse = base.to(tl.int32)
     first_head = group.to(tl.int32) * heads_per_group + split * heads_per_program
     head_count = tl.minimum(heads_per_program, heads_per_group - split * heads_per_program)
-    token, valid = tokens_of(cu_ptr, slot, tl.arange(0, CHUNK), l, nseq, PACKED, CHUNK)
+    chunk, start, end = chunk_of(cu_ptr, slot, l, nseq, PACKED, CHUNK)
+    valid = is_inside(chunk, tl.arange(0, CHUNK), start, end, PACKED)
+    token = chunk.to(tl.int64)
     whole_row = first_row + row  # of the batch, of which these launches see a part
-    B_at = B + base * B_sd + whole_row * B_sb + group * B_sg
-    C_at = C + base * C_sd + whole_row * C_sb + group * C_sg
+    B_at = B + base * B_sd + whole_row * B_sb + group * B_sg + token * B_sl
+    C_at = C + base * C_sd + whole_row * C_sb + group * C_sg + token * C_sl
     line = (base * rows + row) * heads
     vectors = SCANS * rows.to(tl.int64) * heads * slots
     # The quadratic part belongs to the first split alone.
@@ -473,24 +489,24 @@ def shared_backward_kernel(
     matrix = (base * rows + row) * groups + group
     matrix = states + mix_off + (matrix * mix_splits * slots + slot) * CHUNK * CHUNK
     target_row = (split * (SCANS // DIRECTIONS) + base) * batch + whole_row
-    shift = target_row * l * target_sl + group * n
+    shift = (target_row * l + token) * target_sl + group * n
     if kind == 0:
         _shared_side(
-            x + base * x_sd + whole_row * x_sb, x_sl, x_sp, x_sh, B_at, B_sl, B_sn, C_at, C_sl,
-            C_sn, matrix, CHUNK, 1, dB + dB_off + shift, ws + cum_off, ws + dtp_off,
+            x + base * x_sd + whole_row * x_sb + token * x_sl, x_sl, x_sp, x_sh, B_at, B_sl, B_sn,
+            C_at, C_sl, C_sn, matrix, CHUNK, 1, dB + dB_off + shift, ws + cum_off, ws + dtp_off,
             ws + out_off + own * vectors * CHUNK, ws + overlap_off + own * vectors,
-            states, ws, fade_off, carried_off, line, token, valid, slot, slots, rows, heads,
+            states, ws, fade_off, carried_off, line, valid, slot, slots, rows, heads,
             target_sl, first_head, head_count, mixes, segments, segment_slots, reverse, own, p, n,
-            SCANS, DIRECTIONS, True, SEGMENTED, P_TILES, CHUNK, Q, PB, NB, DOT, STAGES,
+            SCANS, DIRECTIONS, True, SEGMENTED, FULL, P_TILES, CHUNK, Q, PB, NB, DOT, STAGES,
         )  # fmt: skip
     else:
         _shared_side(
-            dy + whole_row * dy_sb, dy_sl, dy_sp, dy_sh, C_at, C_sl, C_sn, B_at, B_sl, B_sn,
-            matrix, 1, CHUNK, dC + dC_off + shift, ws + cum_off, ws + dtp_off,
+            dy + whole_row * dy_sb + token * dy_sl, dy_sl, dy_sp, dy_sh, C_at, C_sl, C_sn, B_at,
+            B_sl, B_sn, matrix, 1, CHUNK, dC + dC_off + shift, ws + cum_off, ws + dtp_off,
             ws + into_off + own * vectors * CHUNK, ws + overlap_off,
-            states, ws, fade_off, carried_off, line, token, valid, slot, slots, rows, heads,
+            states, ws, fade_off, carried_off, line, valid, slot, slots, rows, heads,
             target_sl, first_head, head_count, mixes, segments, segment_slots, reverse, own, p, n,
-            SCANS, DIRECTIONS, False, SEGMENTED, P_TILES, CHUNK, Q, PB, NB, DOT, STAGES,
+            SCANS, DIRECTIONS, False, SEGMENTED, FULL, P_TILES, CHUNK, Q, PB, NB, DOT, STAGES,
         )  # fmt: skip
 
 
@@ -518,9 +534,9 @@ def step_backward_kernel(
     r = tl.arange(0, CHUNK)
     slot = block * SLOTS + tl.arange(0, SLOTS)
     if PACKED:
-        token, inside = tokens_of(cu_ptr, block, r, l, nseq, PACKED, CHUNK)
-        token = token[None, :]
-        inside = inside[None, :]
+        chunk, start, end = chunk_of(cu_ptr, block, l, nseq, PACKED, CHUNK)
+        inside = is_inside(chunk, r, start, end, PACKED)[None, :]
+        token = (chunk + r).to(tl.int64)[None, :]
     else:
         token = (slot[:, None] * CHUNK + r[None, :]).to(tl.int64)
         inside = token < l

@@ -14,7 +14,15 @@ Shared x, B and C need one product for both directions.
 import triton
 import triton.language as tl
 
-from .ssd_triton_scan import UNSPECIALIZED, load_tile, not_hoisted, products, tokens_of
+from .ssd_triton_scan import (
+    UNSPECIALIZED,
+    chunk_of,
+    is_inside,
+    load_rows,
+    not_hoisted,
+    products,
+    tile_mask,
+)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -25,9 +33,9 @@ def chunk_forward_kernel(
     l, nseq, slots, first_row, rows, heads, heads_per_group, heads_per_program, splits, tiles,
     segments, segment_slots, p, n,
     SHARED: tl.constexpr, X_SHARED: tl.constexpr, HAS_D: tl.constexpr, D_MATRIX: tl.constexpr,
-    PACKED: tl.constexpr, SEGMENTED: tl.constexpr, P_TILES: tl.constexpr, N_TILES: tl.constexpr,
-    CHUNK: tl.constexpr, Q: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr, DOT: tl.constexpr,
-    STAGES: tl.constexpr,
+    PACKED: tl.constexpr, SEGMENTED: tl.constexpr, FULL: tl.constexpr, P_TILES: tl.constexpr,
+    N_TILES: tl.constexpr, CHUNK: tl.constexpr, Q: tl.constexpr, PB: tl.constexpr,
+    NB: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     TILES: tl.constexpr = CHUNK // Q
     pid = tl.program_id(0)
@@ -49,40 +57,42 @@ def chunk_forward_kernel(
     n_offs = tl.arange(0, NB)
     r_own = half * Q + r
     r_other = (1 - half) * Q + r
-    token, valid = tokens_of(cu_ptr, slot, r_own, l, nseq, PACKED, CHUNK)
-    other, other_valid = tokens_of(cu_ptr, slot, r_other, l, nseq, PACKED, CHUNK)
-    B_at = B + whole_row * B_sb + group * B_sg
-    C_at = C + whole_row * C_sb + group * C_sg
-    cb = products(C_at, C_sl, C_sn, token, valid, B_at, B_sl, B_sn, token, valid, n,
-                  N_TILES, Q, NB, DOT)  # fmt: skip
-    c = load_tile(C_at, token, C_sl, valid, n_offs, C_sn, n_offs < n)
+    chunk, start, end = chunk_of(cu_ptr, slot, l, nseq, PACKED, CHUNK)
+    valid = is_inside(chunk, r_own, start, end, PACKED)
+    other_valid = is_inside(chunk, r_other, start, end, PACKED)
+    base = chunk.to(tl.int64)
+    B_at = B + whole_row * B_sb + group * B_sg + base * B_sl
+    C_at = C + whole_row * C_sb + group * C_sg + base * C_sl
+    cb = products(C_at, C_sl, C_sn, r_own, valid, B_at, B_sl, B_sn, r_own, valid, n,
+                  FULL, N_TILES, Q, NB, DOT)  # fmt: skip
+    c = load_rows(C_at, r_own, C_sl, valid, n_offs, C_sn, n_offs < n, FULL)
     cb = cb.to(c.dtype)  # half the registers, and rounded after weighting anyway
     cb_back = cb
     c_back = c
     if not SHARED:
-        cb_back = products(C_at + C_sd, C_sl, C_sn, token, valid, B_at + B_sd, B_sl, B_sn, token,
-                           valid, n, N_TILES, Q, NB, DOT).to(c.dtype)  # fmt: skip
-        c_back = load_tile(C_at + C_sd, token, C_sl, valid, n_offs, C_sn, n_offs < n)
+        cb_back = products(C_at + C_sd, C_sl, C_sn, r_own, valid, B_at + B_sd, B_sl, B_sn, r_own,
+                           valid, n, FULL, N_TILES, Q, NB, DOT).to(c.dtype)  # fmt: skip
+        c_back = load_rows(C_at + C_sd, r_own, C_sl, valid, n_offs, C_sn, n_offs < n, FULL)
     cb_other = cb
     if TILES == 2:
         cb_other = products(
-            C_at + before * C_sd, C_sl, C_sn, token, valid, B_at + before * B_sd, B_sl, B_sn, other,
-            other_valid, n, N_TILES, Q, NB, DOT,
+            C_at + before * C_sd, C_sl, C_sn, r_own, valid, B_at + before * B_sd, B_sl, B_sn,
+            r_other, other_valid, n, FULL, N_TILES, Q, NB, DOT,
         ).to(c.dtype)  # fmt: skip
 
     for item in tl.range(0, head_count * P_TILES, num_stages=STAGES):
         head = (first_head + item // P_TILES).to(tl.int64)
         p_offs = item % P_TILES * PB + tl.arange(0, PB)
         p_mask = p_offs < p
-        x_at = x + whole_row * x_sb + head * x_sh
-        xt = load_tile(x_at, token, x_sl, valid, p_offs, x_sp, p_mask)
+        x_at = x + whole_row * x_sb + head * x_sh + base * x_sl
+        xt = load_rows(x_at, r_own, x_sl, valid, p_offs, x_sp, p_mask, FULL)
         acc = tl.zeros((Q, PB), dtype=tl.float32)
         if HAS_D:
             skipped = xt.to(tl.float32)
             if not X_SHARED:
-                skipped += load_tile(x_at + x_sd, token, x_sl, valid, p_offs, x_sp, p_mask).to(
-                    tl.float32
-                )
+                skipped += load_rows(
+                    x_at + x_sd, r_own, x_sl, valid, p_offs, x_sp, p_mask, FULL
+                ).to(tl.float32)
             if D_MATRIX:
                 d = tl.load(D + head * p + p_offs, mask=p_mask, other=0.0).to(tl.float32)
                 acc = skipped * d[None, :]
@@ -115,8 +125,8 @@ def chunk_forward_kernel(
                 if not SHARED and direction == 1:
                     ct = c_back
                 if N_TILES > 1:
-                    ct = load_tile(
-                        C_at + direction * C_sd, token, C_sl, valid, offs, C_sn, offs < n
+                    ct = load_rows(
+                        C_at + direction * C_sd, r_own, C_sl, valid, offs, C_sn, offs < n, FULL
                     )
                 given = tl.dot(ct, state, given, input_precision=DOT)
             acc += given * tl.exp2(cum)[:, None]
@@ -125,7 +135,7 @@ def chunk_forward_kernel(
                 mix += decay
             else:
                 if direction == 1:
-                    xt = load_tile(x_at + x_sd, token, x_sl, valid, p_offs, x_sp, p_mask)
+                    xt = load_rows(x_at + x_sd, r_own, x_sl, valid, p_offs, x_sp, p_mask, FULL)
                     acc = tl.dot(
                         (cb_back.to(tl.float32) * decay).to(xt.dtype), xt, acc, input_precision=DOT
                     )
@@ -145,12 +155,12 @@ def chunk_forward_kernel(
                 cum_far = tl.load(ws + cum_off + far_at + r_other)
                 dt_far = tl.load(ws + dtp_off + far_at + r_other)
                 far = tl.exp2(cum_own[:, None] - cum_far[None, :]) * dt_far[None, :]
-                x_far = load_tile(
-                    x_at + before * x_sd, other, x_sl, other_valid, p_offs, x_sp, p_mask
+                x_far = load_rows(
+                    x_at + before * x_sd, r_other, x_sl, other_valid, p_offs, x_sp, p_mask, FULL
                 )
                 acc = tl.dot(
                     (cb_other.to(tl.float32) * far).to(x_far.dtype), x_far, acc, input_precision=DOT
                 )
-        at = ((whole_row * l + token) * heads + head)[:, None] * p + p_offs[None, :]
-        mask = valid[:, None] & p_mask[None, :]
-        tl.store(y + at, acc.to(y.dtype.element_ty), mask=mask)
+        out = y + ((whole_row * l + base) * heads + head) * p
+        at = r_own[:, None] * (heads * p) + p_offs[None, :]
+        tl.store(out + at, acc.to(y.dtype.element_ty), mask=tile_mask(valid, p_mask, FULL))

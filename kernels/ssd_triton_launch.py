@@ -25,6 +25,7 @@ from .ssd_triton_chunks import chunk_forward_kernel
 from .ssd_triton_forward import forward_kernel
 from .ssd_triton_scan import carry_segments_kernel, scan_kernel
 
+FAR = 2**31
 SUM_BLOCK = 1024
 SEGMENT_BLOCK = 32
 STATE_BLOCK = 64
@@ -83,7 +84,12 @@ class _Call:
             planning.p_block(self.p, x.dtype),
             planning.n_block(self.n, x.dtype),
         )
+        # Whether no tile reaches beyond the last channel or the last of the state.
+        self.full = self.p % self.p_block == 0 and self.n % self.n_block == 0
+        scan_n_block = planning.scan_n_block(self.n)
+        self.scan_full = self.p % self.p_block == 0 and self.n % scan_n_block == 0
         self.processors = _processors(x.device)
+        self.far = any(_is_far(t) for t in (x, B, C, z, dt.unsqueeze(-1)))
         pair = (2,) if self.directions == 2 else ()
         self.state_shape = (*pair, self.nseq or self.b, self.h, self.p, self.n)
 
@@ -97,7 +103,7 @@ class Forward(_WithStates):
     def __init__(self, tensors, settings, has_final: bool, save_ungated: bool) -> None:
         super().__init__(tensors[0])
         c = _Call(tensors, settings)
-        self.shape, self.state_shape = c.shape, c.state_shape
+        self.shape, self.state_shape, self.far = c.shape, c.state_shape, c.far
         self.cut, self.plan = cut, plan = planning.forward_plan(
             c.b, c.nseq, c.l, c.h, c.p, c.n, c.directions, c.dtype, c.processors
         )
@@ -110,8 +116,8 @@ class Forward(_WithStates):
                 *c.inputs, 0, 0, 0, 0, *c.of_dt, 0, 0, 0, at["marks"], at["carry"], c.low, c.high,
                 c.l, c.nseq, plan.slots, 0, c.b, c.b, c.h, c.h // c.g, *segments, c.reverse, c.p,
                 c.n, c.directions, False, False, c.has_bias, c.has_init, has_final, False, False,
-                c.softplus, c.packed, True, plan.p_tiles, plan.scan_n_tiles, cut.forward_chunk,
-                c.p_block, planning.scan_n_block(c.n), c.dot, cut.scan_stages,
+                c.softplus, c.packed, True, c.scan_full, plan.p_tiles, plan.scan_n_tiles,
+                cut.forward_chunk, c.p_block, planning.scan_n_block(c.n), c.dot, cut.scan_stages,
             )  # fmt: skip
             programs = plan.lines * plan.p_tiles * plan.scan_n_tiles * plan.segments
             carry = (
@@ -124,12 +130,14 @@ class Forward(_WithStates):
                 Launch(scan_kernel, programs, cut.scan_warps, self.SCAN, scan),
                 Launch(carry_segments_kernel, blocks, 4, self.CARRY, carry),
             ]
+        both = c.directions == 2 and c.merged and plan.n_tiles == 1
         walk = (
             *c.inputs, *c.of_z, *c.of_dt, at.get("carried", 0), c.low, c.high, c.l, c.nseq,
-            plan.slots, c.b, c.h, c.h // c.g, *segments, c.reverse, c.p, c.n, c.directions,
+            plan.slots, c.b, c.h, c.h // c.g, *segments, c.reverse, c.p, c.n, c.directions, both,
             c.x_shared, c.has_bias, c.has_d, c.d_matrix, tensors[6] is not None, save_ungated,
-            c.has_init, has_final and not segmented, c.softplus, c.packed, segmented, plan.p_tiles,
-            plan.n_tiles, cut.forward_chunk, c.p_block, c.n_block, c.dot, cut.forward_stages,
+            c.has_init, has_final and not segmented, c.softplus, c.packed, segmented, c.full,
+            plan.p_tiles, plan.n_tiles, cut.forward_chunk, c.p_block, c.n_block, c.dot,
+            cut.forward_stages,
         )  # fmt: skip
         programs = c.b * c.h * plan.p_tiles * plan.segments
         self.launches.append(Launch(forward_kernel, programs, cut.forward_warps, self.WALK, walk))
@@ -144,7 +152,7 @@ class ChunkedForward(_WithStates):
     def __init__(self, tensors, settings, has_final: bool, save_ungated: bool) -> None:
         super().__init__(tensors[0])
         self.call = c = _Call(tensors, settings)
-        self.shape, self.state_shape = c.shape, c.state_shape
+        self.shape, self.state_shape, self.far = c.shape, c.state_shape, c.far
         self.cut, self.plan = planning.chunked_plan(
             c.b, c.nseq, c.l, c.h, c.p, c.g, c.n, c.dtype, c.processors
         )
@@ -162,7 +170,7 @@ class ChunkedForward(_WithStates):
             *c.inputs, 0, 0, 0, 0, *c.of_dt, at["cum"], at["dtp"], at["fade"], at["marks"],
             at["carry"], c.low, c.high, c.l, c.nseq, plan.slots, first, rows, c.b, c.h, c.h // c.g,
             *segments, 0, c.p, c.n, 2, False, True, c.has_bias, c.has_init, has_final, False, False,
-            c.softplus, c.packed, segmented, *plan.state_tiles, cut.chunk, c.p_block,
+            c.softplus, c.packed, segmented, c.scan_full, *plan.state_tiles, cut.chunk, c.p_block,
             planning.scan_n_block(c.n), c.dot, cut.scan_stages,
         )  # fmt: skip
         programs = lines * plan.state_tiles[0] * plan.state_tiles[1] * plan.segments
@@ -178,7 +186,7 @@ class ChunkedForward(_WithStates):
         chunk = (
             *c.inputs, at["cum"], at["dtp"], at["fade"], plan.carried, c.l, c.nseq, plan.slots,
             first, rows, c.h, c.h // c.g, per_program, splits, plan.tiles, *segments, c.p, c.n,
-            c.merged, c.x_shared, c.has_d, c.d_matrix, c.packed, segmented, plan.p_tiles,
+            c.merged, c.x_shared, c.has_d, c.d_matrix, c.packed, segmented, c.full, plan.p_tiles,
             plan.n_tiles, cut.chunk, cut.tile, c.p_block, c.n_block, c.dot, cut.backward_stages,
         )  # fmt: skip
         programs = rows * plan.tiles * c.g * splits
@@ -204,6 +212,7 @@ class Backward(_WithStates):
         contiguous = c.h * c.p, c.g * c.n, c.b * c.l * c.h, c.h
         self.dx_sl, self.shared_sl, *of_ddt = layout or contiguous
         self.of_ddt = tuple(of_ddt)
+        self.far = c.far or _is_far(dy)
         self.merged, self.state_shape = c.merged, c.state_shape
         self.of_dy = dy.stride()
         self.cut, self.plan = planning.backward_plan(
@@ -239,7 +248,7 @@ class Backward(_WithStates):
             *c.inputs, *self.of_dy, *c.of_dt, at["cum"], at["dtp"], at["fade"], at["marks"],
             at["carry"], c.low, c.high, *sizes, c.h // c.g, *segments, c.reverse, c.p, c.n,
             c.directions, True, True, c.has_bias, c.has_init, False, has_dfinal, c.has_init,
-            c.softplus, c.packed, segmented, *plan.state_tiles, cut.chunk, c.p_block,
+            c.softplus, c.packed, segmented, c.scan_full, *plan.state_tiles, cut.chunk, c.p_block,
             planning.scan_n_block(c.n), c.dot, cut.scan_stages,
         )  # fmt: skip
         programs = lines * plan.state_tiles[0] * plan.state_tiles[1] * plan.segments
@@ -261,7 +270,8 @@ class Backward(_WithStates):
             *c.inputs, *self.of_dy, *entered, at["row"], at["far"], at["column"],
             at["column_far"], at["dD"], plan.mix, *sizes, c.h // c.g, per_program, splits,
             plan.tiles, *segments, c.reverse, self.dx_sl, c.p, c.n, c.directions, each,
-            c.x_shared, c.has_d, c.d_matrix, c.packed, segmented, *blocks, cut.backward_stages,
+            c.x_shared, c.has_d, c.d_matrix, c.packed, segmented, c.full, *blocks,
+            cut.backward_stages,
             squares,
         )  # fmt: skip
         programs = plan.served * rows * plan.slots * (tiles + squares) * c.g * splits
@@ -276,7 +286,7 @@ class Backward(_WithStates):
             at["dB"] * partial, at["dC"] * partial, *sizes, c.h // c.g, per_program,
             shared_splits, splits, *segments, c.reverse,
             c.g * c.n if partial else self.shared_sl, c.p, c.n, c.directions, each, c.packed,
-            segmented, *blocks, cut.shared_stages,
+            segmented, c.full, *blocks, cut.shared_stages,
         )  # fmt: skip
         programs = 2 * plan.served * rows * plan.slots * c.g * plan.n_tiles * shared_splits
         pick = self.SHARED_SPLIT if partial else self.SHARED
@@ -297,6 +307,13 @@ def _strides(t: Tensor, dims: int) -> tuple[int, ...]:
     """Strides with a 0 in front for the direction where `t` has none."""
     strides = t.stride()
     return strides if len(strides) == dims else (0, *strides)
+
+
+def _is_far(t: Tensor | None) -> bool:
+    """Whether 32 bits are too few for the distances inside a chunk of a tensor (…, l, h, p)."""
+    if t is None:
+        return False
+    return planning.MOST_CHUNK * t.stride(-3) + t.shape[-1] * t.stride(-1) >= FAR
 
 
 def _segment_block(segments: int) -> int:

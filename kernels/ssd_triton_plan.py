@@ -13,6 +13,7 @@ import triton
 
 from .dispatch import HALF
 
+MOST_CHUNK = 128  # tokens
 STEP_TOKENS = 1024
 MOST_WORKSPACE = 140_000_000  # bytes a direction, beyond which a backward takes a batch in parts
 MOST_STATES = 140_000_000  # bytes beyond which a forward that stores states does

@@ -66,17 +66,38 @@ def find_sequence(cu_ptr, slot, nseq, l, Q: tl.constexpr):
 
 
 @triton.jit
-def load_tile(pointer, token, row_stride, valid, offs, stride, mask):
-    """(tokens, columns) of a tensor with the given strides, 0 outside."""
+def tile_mask(valid, mask, FULL: tl.constexpr):
+    """Which elements of a tile exist: with FULL the columns of `mask` all do."""
+    rows = valid[:, None]
+    if not FULL:
+        rows = rows & mask[None, :]
+    return rows
+
+
+@triton.jit
+def load_rows(pointer, row, row_stride, valid, offs, stride, mask, FULL: tl.constexpr):
+    """(rows, columns) of a tensor with the given strides, 0 outside.
+
+    `pointer` is at the first of a chunk's rows: 32 bits are enough for what is added to it.
+    """
     return tl.load(
-        pointer + token[:, None] * row_stride + offs.to(tl.int64)[None, :] * stride,
-        mask=valid[:, None] & mask[None, :], other=0.0,
+        pointer + (row[:, None] * row_stride + offs[None, :] * stride),
+        mask=tile_mask(valid, mask, FULL), other=0.0,
     )  # fmt: skip
 
 
 @triton.jit
-def tokens_of(cu_ptr, slot, row_in_slot, l, nseq, PACKED: tl.constexpr, CHUNK: tl.constexpr):
-    """Token indices (int64) of a slot's rows and which of them lie in the slot's sequence."""
+def is_inside(first, row, start, end, PACKED: tl.constexpr):
+    """Whether tokens first + row belong to the sequence from start to end."""
+    inside = row < end - first
+    if PACKED:  # start is 0 otherwise
+        inside &= row >= start - first
+    return inside
+
+
+@triton.jit
+def chunk_of(cu_ptr, slot, l, nseq, PACKED: tl.constexpr, CHUNK: tl.constexpr):
+    """The first token of a slot, and where the slot's sequence starts and ends."""
     start = 0
     end = l
     first_slot = 0
@@ -85,21 +106,21 @@ def tokens_of(cu_ptr, slot, row_in_slot, l, nseq, PACKED: tl.constexpr, CHUNK: t
         start = sequence_start(cu_ptr, sequence, l)
         end = sequence_start(cu_ptr, sequence + 1, l)
         first_slot = start // CHUNK + sequence
-    token = start + (slot - first_slot) * CHUNK + row_in_slot
-    return token.to(tl.int64), (token >= start) & (token < end)
+    return start + (slot - first_slot) * CHUNK, start, end
 
 
 @triton.jit
 def products(
-    left, left_sl, left_sn, left_token, left_valid, right, right_sl, right_sn, right_token,
-    right_valid, n, N_TILES: tl.constexpr, Q: tl.constexpr, NB: tl.constexpr, DOT: tl.constexpr,
+    left, left_sl, left_sn, left_row, left_valid, right, right_sl, right_sn, right_row,
+    right_valid, n, FULL: tl.constexpr, N_TILES: tl.constexpr, Q: tl.constexpr, NB: tl.constexpr,
+    DOT: tl.constexpr,
 ):  # fmt: skip
     """left rightᵀ over dstate: (q, q), float32."""
     result = tl.zeros((Q, Q), dtype=tl.float32)
     for tile in tl.static_range(N_TILES):
         offs = tile * NB + tl.arange(0, NB)
-        a = load_tile(left, left_token, left_sl, left_valid, offs, left_sn, offs < n)
-        b = load_tile(right, right_token, right_sl, right_valid, offs, right_sn, offs < n)
+        a = load_rows(left, left_row, left_sl, left_valid, offs, left_sn, offs < n, FULL)
+        b = load_rows(right, right_row, right_sl, right_valid, offs, right_sn, offs < n, FULL)
         result = tl.dot(a, tl.trans(b), result, input_precision=DOT)
     return result
 
@@ -122,6 +143,12 @@ def decays(like, seen, later, earlier):
     product, instead of moving them all there through shared memory.
     """
     return tl.exp2(tl.where(seen & (like == like), later - earlier, float("-inf")))
+
+
+@triton.jit
+def decays_both_ways(like, seen, later, earlier, end, begin):
+    """2^(later - earlier) where seen, else 2^(end - begin), as `decays`."""
+    return tl.exp2(tl.where(seen & (like == like), later - earlier, end - begin))
 
 
 @triton.jit
@@ -169,8 +196,8 @@ def _scan(
     INIT, FINAL, STATES, CUM, DTP, FADE, MARKS, CARRY,
     cu_ptr, state_row, l, nseq, slots, segment, segment_slots, head, heads, reverse,
     p_start, n_start, p, n,
-    SOFTPLUS: tl.constexpr, PACKED: tl.constexpr, SEGMENTED: tl.constexpr, STORES: tl.constexpr,
-    HAS_INIT: tl.constexpr, HAS_FINAL: tl.constexpr, GRADIENT: tl.constexpr,
+    SOFTPLUS: tl.constexpr, PACKED: tl.constexpr, SEGMENTED: tl.constexpr, FULL: tl.constexpr,
+    STORES: tl.constexpr, HAS_INIT: tl.constexpr, HAS_FINAL: tl.constexpr, GRADIENT: tl.constexpr,
     Q: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One segment of one row, head and direction; pointers already point at that row and head."""
@@ -212,8 +239,9 @@ def _scan(
     sequence, start, end, first_slot = enter_slot(
         cu_ptr, sequence, entry_slot, descending, nseq, l, PACKED, Q
     )
-    ahead = (start + (entry_slot - first_slot) * Q + row).to(tl.int64)
-    raw = tl.load(DT + ahead * dt_sl, mask=(ahead >= start) & (ahead < end), other=0.0)
+    chunk = start + (entry_slot - first_slot) * Q
+    known = is_inside(chunk, row, start, end, PACKED)
+    raw = tl.load(DT + chunk.to(tl.int64) * dt_sl + row * dt_sl, mask=known, other=0.0)
     for i in tl.range(0, count, num_stages=STAGES):
         slot = begin + tl.where(descending, count - 1 - i, i)
         if PACKED:
@@ -228,8 +256,9 @@ def _scan(
             else:
                 state = tl.where(enters, 0.0, state)
 
-        token = (start + (slot - first_slot) * Q + row).to(tl.int64)
-        valid = (token >= start) & (token < end)
+        chunk = start + (slot - first_slot) * Q
+        valid = is_inside(chunk, row, start, end, PACKED)
+        base = chunk.to(tl.int64)
         dt, cum, total = step_sizes(raw, valid, bias, a_log2, low, high, SOFTPLUS)
         this_sequence = sequence
         # The next chunk's step sizes: too few bytes for the compiler to load them ahead.
@@ -237,10 +266,9 @@ def _scan(
         sequence, start, end, first_slot = enter_slot(
             cu_ptr, sequence, next_slot, descending, nseq, l, PACKED, Q
         )
-        ahead = (start + (next_slot - first_slot) * Q + row).to(tl.int64)
-        raw = tl.load(
-            DT + ahead * dt_sl, mask=(ahead >= start) & (ahead < end) & (i + 1 < count), other=0.0
-        )
+        chunk = start + (next_slot - first_slot) * Q
+        known = is_inside(chunk, row, start, end, PACKED) & (i + 1 < count)
+        raw = tl.load(DT + chunk.to(tl.int64) * dt_sl + row * dt_sl, mask=known, other=0.0)
         if GRADIENT:
             weight = tl.exp2(cum)
         else:
@@ -256,14 +284,12 @@ def _scan(
                 tl.store(FADE + slot, tl.where(alive > 0.0, tl.exp2(fade), 0.0))
             fade += total
 
-        x = tl.load(
-            X + token[None, :] * x_sl + p_offs.to(tl.int64)[:, None] * x_sp,
-            mask=valid[None, :] & p_mask[:, None], other=0.0,
-        )  # fmt: skip
-        v = tl.load(
-            V + token[:, None] * v_sl + n_offs.to(tl.int64)[None, :] * v_sn,
-            mask=valid[:, None] & n_mask[None, :], other=0.0,
-        )  # fmt: skip
+        x_mask = valid[None, :]
+        if not FULL:
+            x_mask = x_mask & p_mask[:, None]
+        x_at = X + base * x_sl + (row[None, :] * x_sl + p_offs[:, None] * x_sp)
+        x = tl.load(x_at, mask=x_mask, other=0.0)
+        v = load_rows(V + base * v_sl, row, v_sl, valid, n_offs, v_sn, n_mask, FULL)
         weighted = (x.to(tl.float32) * weight[None, :]).to(x.dtype)
         state = tl.dot(weighted, v, state * tl.exp2(total), input_precision=DOT)
 
@@ -303,7 +329,7 @@ def scan_kernel(
     DIRECTIONS: tl.constexpr, BACKWARD: tl.constexpr, STORES: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_INIT: tl.constexpr, HAS_FINAL: tl.constexpr, HAS_DFINAL: tl.constexpr,
     HAS_DINIT: tl.constexpr, SOFTPLUS: tl.constexpr, PACKED: tl.constexpr,
-    SEGMENTED: tl.constexpr, P_TILES: tl.constexpr, N_TILES: tl.constexpr,
+    SEGMENTED: tl.constexpr, FULL: tl.constexpr, P_TILES: tl.constexpr, N_TILES: tl.constexpr,
     Q: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """S of every chunk, and in a backward pass R too: all directions and kinds in one launch."""
@@ -351,7 +377,7 @@ def scan_kernel(
             states_at, cum_at, dtp_at, fade_at, marks_at, carry_at,
             cu_ptr, row.to(tl.int32), l, nseq, slots, segment, segment_slots, head, heads, reverse,
             p_start, n_start, p, n,
-            SOFTPLUS, PACKED, SEGMENTED, STORES, HAS_INIT, HAS_FINAL, False, Q, PB, NB, DOT,
+            SOFTPLUS, PACKED, SEGMENTED, FULL, STORES, HAS_INIT, HAS_FINAL, False, Q, PB, NB, DOT,
             STAGES,
         )  # fmt: skip
     elif BACKWARD:
@@ -363,7 +389,7 @@ def scan_kernel(
             states_at, cum_at, dtp_at, fade_at, marks_at, carry_at,
             cu_ptr, row.to(tl.int32), l, nseq, slots, segment, segment_slots, head, heads, reverse,
             p_start, n_start, p, n,
-            SOFTPLUS, PACKED, SEGMENTED, STORES, HAS_DFINAL, HAS_DINIT, True, Q, PB, NB, DOT,
+            SOFTPLUS, PACKED, SEGMENTED, FULL, STORES, HAS_DFINAL, HAS_DINIT, True, Q, PB, NB, DOT,
             STAGES,
         )  # fmt: skip
 

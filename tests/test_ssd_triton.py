@@ -145,6 +145,18 @@ def test_gradients(monkeypatch, direction):
 
 
 @interpreted
+def test_strides_too_long_for_32_bits(monkeypatch):
+    use_tiling(monkeypatch, **SMALL_CHUNKS)
+    monkeypatch.setattr(ssd_triton_launch, "FAR", 2000)
+    torch.manual_seed(0)
+    arguments = draw(l=21, p=4, n=4, z=True)
+    assert not ssd_triton_launch._is_far(arguments["x"])
+    arguments["x"] = torch.stack([arguments["x"]] * 9, -1)[..., 4]
+    assert ssd_triton_launch._is_far(arguments["x"])
+    check(arguments)
+
+
+@interpreted
 @pytest.mark.parametrize("direction", DIRECTIONS[1:])
 def test_packed(monkeypatch, direction):
     use_tiling(monkeypatch, **SMALL_CHUNKS)
