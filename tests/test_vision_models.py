@@ -10,10 +10,12 @@ from importlib.metadata import version
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from timm.optim import create_optimizer_v2
 from torch import nn
 
 import mamba2_apps.vision  # noqa: F401  registers the models
+from mamba2_apps.vision.adapter import PatchProjection
 from mamba2_apps.vision.models import BiMamba2, TimmModel
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
@@ -294,3 +296,14 @@ def test_500_steps_in_bfloat16_at_five_times_the_rate_stay_finite():
         if step % 50 == 49:
             assert torch.isfinite(loss), f"step {step}"
     assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("stride", [4, 3])
+def test_patches_as_a_product(stride):
+    proj = PatchProjection(3, 8, 4, stride=stride).double()
+    images = torch.rand(2, 3, 18, 13, dtype=torch.float64, requires_grad=True)
+    expected = F.conv2d(images, proj.weight, proj.bias, stride)
+    torch.testing.assert_close(proj(images), expected)
+    wanted = torch.autograd.grad(expected.square().sum(), [images, *proj.parameters()])
+    found = torch.autograd.grad(proj(images).square().sum(), [images, *proj.parameters()])
+    torch.testing.assert_close(found, wanted)

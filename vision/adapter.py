@@ -85,6 +85,24 @@ class ImageTokens(nn.Module, ABC):
         )
 
 
+class PatchProjection(nn.Conv2d):
+    """A convolution without padding, as one product where its patches do not overlap.
+
+    cuDNN takes far longer. What is left of the image at the right and at the bottom is dropped, as
+    a convolution does.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.stride != self.kernel_size:
+            return F.conv2d(input, self.weight, self.bias, self.stride)
+        b, c, height, width = input.shape
+        p, q = self.kernel_size
+        rows, columns = height // p, width // q
+        patches = input[:, :, : rows * p, : columns * q].reshape(b, c, rows, p, columns, q)
+        patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3)
+        return F.linear(patches, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+
+
 class PatchEmbedding(ImageTokens):
     """Cut an image into patches and project each to d_model (`proj`, as in timm's models).
 
@@ -114,7 +132,7 @@ class PatchEmbedding(ImageTokens):
         grid_size = _patches(to_2tuple(image_size), patch_size, self_stride)
         super().__init__(d_model, grid_size=grid_size, in_chans=in_chans, class_token=class_token)
         self.patch_size, self.stride = patch_size, self_stride
-        self.proj = nn.Conv2d(in_chans, d_model, patch_size, stride=self.stride)
+        self.proj = PatchProjection(in_chans, d_model, patch_size, stride=self.stride)
         if maskable:
             if class_token or self.stride < patch_size:
                 raise ValueError(
@@ -131,15 +149,8 @@ class PatchEmbedding(ImageTokens):
         return (patches - mean) / (variance + 1e-6).sqrt()
 
     def grid(self, inputs: Tensor) -> Tensor:
-        rows, columns = _patches(inputs.shape[2:], self.patch_size, self.stride)
-        if self.stride != self.patch_size:
-            return self.proj(inputs)
-        # Patches that do not overlap are rows of one product; cuDNN takes far longer to convolve.
-        p = self.patch_size
-        whole = inputs[:, :, : rows * p, : columns * p]
-        patches = whole.unflatten(3, (columns, p)).unflatten(2, (rows, p)).permute(0, 2, 4, 1, 3, 5)
-        features = F.linear(patches.flatten(3), self.proj.weight.flatten(1), self.proj.bias)
-        return features.permute(0, 3, 1, 2)
+        _patches(inputs.shape[2:], self.patch_size, self.stride)  # refuses smaller images
+        return self.proj(inputs)
 
 
 class ConvStem(ImageTokens):

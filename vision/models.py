@@ -38,6 +38,8 @@ from torch import Tensor, nn
 
 from mamba2_apps.backbone import Backbone, BackboneConfig
 
+from .adapter import PatchProjection
+
 POOLS = ("avg", "avgmax", "max", "token", "")
 WIDTHS = {"tiny": 192, "small": 384, "base": 768}
 PLACES = {"first": 0, "middle": 1, "last": 2}  # in halves of the sequence
@@ -80,7 +82,7 @@ class PatchEmbed(nn.Module):
         self.stride = to_2tuple(patch_size if stride is None else stride)
         self.strict_img_size = strict_img_size
         self.dynamic_img_pad = dynamic_img_pad
-        self.proj = nn.Conv2d(
+        self.proj = PatchProjection(
             in_chans, embed_dim, self.patch_size, stride=self.stride, device=device, dtype=dtype
         )
         self._set_img_size(to_2tuple(img_size))
@@ -135,7 +137,7 @@ class PatchEmbed(nn.Module):
         if patch_size is not None and to_2tuple(patch_size) != self.patch_size:
             old, size = self.proj, to_2tuple(patch_size)
             stride = size if self.stride == self.patch_size else self.stride
-            new = nn.Conv2d(
+            new = PatchProjection(
                 old.in_channels,
                 old.out_channels,
                 size,
