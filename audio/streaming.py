@@ -24,6 +24,7 @@ from mamba2_apps.audio.decoding import SOUNDFILE_SUFFIXES, mix_down, resampler
 from mamba2_apps.audio.features import Features
 from mamba2_apps.audio.tasks import EventDetection
 from mamba2_apps.data import UnreadableInput
+from mamba2_apps.few_tokens import FewTokensBackbone
 from mamba2_apps.heads import CTCHead, PooledHead
 from mamba2_apps.tasks import CTC
 
@@ -51,6 +52,7 @@ class AudioStream:
         self._resample = StreamResampler(rate, preprocessing.sample_rate)
         self._frames = StreamFrames(model.adapter.features)
         self._tokens = _token_stream(model.adapter)
+        self._backbone = FewTokensBackbone(model.backbone)
         self._state = model.backbone.init_state(1)
         self._reader = _reader(task)
 
@@ -95,7 +97,7 @@ class AudioStream:
     def _read(self, tokens: Tensor) -> bool:
         if tokens.shape[1] == 0:
             return False
-        hidden, self._state = self.model.backbone(tokens, state=self._state, return_state=True)
+        hidden, self._state = self._backbone(tokens, self._state)
         self._reader.read(hidden)
         return True
 

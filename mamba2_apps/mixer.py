@@ -312,7 +312,7 @@ class Mamba2(nn.Module):
         """One token: u (b, d_model) and a state to (b, d_model) and the state after it."""
         self._require_causal("step")
         if few_tokens.serves(self, u[:, None]):
-            y, *after = few_tokens.mix(self, u[:, None], state.conv, state.ssm)
+            y, *after = few_tokens.FewTokens(self).mix(u[:, None], *state)
             return y[:, 0], Mamba2State(*after)
         *mlp, z, xBC, dt = self.in_proj(u).split(self._split_sizes, dim=-1)
         xBC, window = causal_conv1d(
@@ -350,7 +350,7 @@ class Mamba2(nn.Module):
             raise ValueError("a mask cannot be used on a sequence that is split over ranks")
         alone = lengths is None and cu_seqlens is None and return_state
         if alone and state is not None and few_tokens.serves(self, u):
-            y, *after = few_tokens.mix(self, u, state.conv, state.ssm)
+            y, *after = few_tokens.FewTokens(self).mix(u, *state)
             return y, Mamba2State(*after)
         if state is None and not return_state and self._is_one_operator(u, lengths):
             return self._mix_at_once(u, lengths, cu_seqlens), None

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from mamba2_apps import few_tokens
+from mamba2_apps.backbone import Backbone, BackboneConfig
+from mamba2_apps.few_tokens import FewTokensBackbone
 from mamba2_apps.mixer import Mamba2
 
 OPTIONS = {
@@ -15,6 +17,7 @@ OPTIONS = {
     "norm before gate": {"norm_before_gate": True, "ngroups": 2},
     "limits": {"dt_limit": (0.01, 0.05)},
     "no convolution bias": {"conv_bias": False, "bias": True},
+    "one tap": {"d_conv": 1},
 }
 
 
@@ -57,3 +60,55 @@ def test_gradients_longer_pieces_and_other_types_go_to_the_operators():
         assert few_tokens.serves(mixer, torch.randn(1, 2, 32))
         assert not few_tokens.serves(mixer, torch.randn(1, 17, 32))
         assert not few_tokens.serves(mixer.double(), torch.randn(1, 2, 32).double())
+
+
+BACKBONES = {
+    "plain": ({"norm_eps": 0.1}, True),
+    "attention": ({"attn_layer_idx": (1,), "attn_cfg": {"num_heads": 2}}, False),
+    "MLPs": ({"d_intermediate": 24}, False),
+}
+
+
+@pytest.mark.parametrize(("options", "plain"), BACKBONES.values(), ids=BACKBONES)
+def test_a_stream_through_a_backbone_is_one_pass(options, plain, monkeypatch):
+    torch.manual_seed(0)
+    config = BackboneConfig(48, 3, d_state=8, headdim=16, bidirectional=False, **options)
+    backbone = Backbone(config).eval()
+    for parameter in backbone.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    u = torch.randn(2, 60, 48)
+    calls = []
+    forward = backbone.forward
+    stream = FewTokensBackbone(backbone)
+    with torch.inference_mode():
+        expected, expected_state = backbone(u, return_state=True)
+        monkeypatch.setattr(
+            backbone, "forward", lambda *a, **k: calls.append(1) or forward(*a, **k)
+        )
+        state, parts = backbone.init_state(2), []
+        for piece in u.split([1, 3, 16, 17, 2, 21], 1):
+            part, after = stream(piece, state)
+            again, _ = stream(piece, state)
+            assert torch.equal(part, again)  # the state is not modified
+            state = after
+            parts.append(part)
+    assert len(calls) == (4 if plain else 12)  # twice each; plain: those longer than FEW alone
+    torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=1e-4, atol=1e-4)
+    for ours, theirs in zip(state, expected_state, strict=True):
+        assert type(ours) is type(theirs)
+        if plain:
+            for a, b in zip(ours, theirs, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_a_backbone_in_training_or_with_gradients_is_called_as_it_is():
+    config = BackboneConfig(32, 2, d_state=8, headdim=16, bidirectional=False, drop_path=0.5)
+    backbone = Backbone(config)
+    stream, u, state = FewTokensBackbone(backbone), torch.randn(1, 2, 32), backbone.init_state(1)
+    assert stream(u, state)[0].requires_grad
+    with torch.no_grad():
+        torch.manual_seed(1)
+        found, _ = stream(u, state)
+        torch.manual_seed(1)
+        expected, _ = backbone(u, state=state, return_state=True)
+    assert torch.equal(found, expected)
