@@ -36,7 +36,8 @@ class AudioStream:
     """One stream of sound through a trained task.
 
     Args:
-        task: of a RUN; its model has an audio adapter and a causal backbone.
+        task: of a RUN; its model has an audio adapter and a causal backbone, whose weights must
+            stay as they are while the stream runs.
         preprocessing: of the same RUN.
         rate: samples per second of what will be pushed.
 

@@ -158,15 +158,15 @@ class _Norm:
     """RMSNorm over groups of `size` channels, in half of F.rms_norm's operations."""
 
     def __init__(self, weight: Tensor, size: int, eps: float) -> None:
-        self.weight, self.size = weight, size
-        # As tensors: an operation with a Python number makes one of it each time.
-        self.root, self.least = weight.new_tensor([size, size * eps]).sqrt().unbind()
+        self.size = size
+        self.weight = weight * size**0.5  # the vectors' length takes the place of their rms
+        # As a tensor: an operation with a Python number makes one of it each time.
+        self.least = weight.new_tensor((size * eps) ** 0.5)
 
     def __call__(self, x: Tensor) -> Tensor:
         groups = x if self.size == x.shape[-1] else x.unflatten(-1, (-1, self.size))
         length = torch.linalg.vector_norm(groups, dim=-1, keepdim=True)
-        scale = self.root / torch.hypot(length, self.least)
-        return (groups * scale).view(x.shape).mul_(self.weight)
+        return (groups / torch.hypot(length, self.least)).view(x.shape).mul_(self.weight)
 
 
 def _linear(u: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
