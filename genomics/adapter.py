@@ -34,6 +34,7 @@ class TokenEmbedding(nn.Module):
         tokenizer: dict[str, Any] | None = None,
         context: int = 0,
         positions: int = 0,
+        period: int = 0,
         dropout: float = 0.0,
         maskable: bool = False,
     ) -> None:
@@ -48,6 +49,7 @@ class TokenEmbedding(nn.Module):
         self.position = nn.Parameter(torch.empty(positions, d_model)) if positions else None
         if self.position is not None:
             nn.init.normal_(self.position, std=0.1)
+        self.phase = nn.Embedding(period, d_model) if period else None
         self.dropout = nn.Dropout(dropout)
 
     def no_weight_decay(self) -> set[str]:
@@ -75,21 +77,24 @@ class TokenEmbedding(nn.Module):
             data = embeddings if mask is None else torch.where(mask[..., None], embeddings, 0)
             embeddings = embeddings + self.conv(data.mT).mT
         if self.position is not None:
-            embeddings = embeddings + self._places(inputs, mask)
+            if inputs.shape[1] > len(self.position):
+                raise ValueError(
+                    f"an input of {inputs.shape[1]} tokens; this model knows {len(self.position)} "
+                    "places (adapter.positions)"
+                )
+            embeddings = embeddings + self.position[_places(inputs, mask)]
+        if self.phase is not None:
+            places = _places(inputs, mask) % self.phase.num_embeddings
+            embeddings = embeddings + self.phase(places)
         return self.dropout(embeddings), mask
-
-    def _places(self, inputs: Tensor, mask: Tensor | None) -> Tensor:
-        """(b or 1, l, d), counted from each row's first data."""
-        assert self.position is not None
-        if inputs.shape[1] > len(self.position):
-            raise ValueError(
-                f"an input of {inputs.shape[1]} tokens; this model knows {len(self.position)} "
-                "places (adapter.positions)"
-            )
-        if mask is None:
-            return self.position[None, : inputs.shape[1]]
-        return self.position[(mask.cumsum(1) - 1).clamp(min=0)]
 
     def targets(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
         """What each token should give back in pretraining: its id, (b, l) int64."""
         return inputs.long()
+
+
+def _places(inputs: Tensor, mask: Tensor | None) -> Tensor:
+    """(b or 1, l) int64, counted from each row's first data."""
+    if mask is None:
+        return torch.arange(inputs.shape[1], device=inputs.device)[None]
+    return (mask.cumsum(1) - 1).clamp(min=0)

@@ -77,6 +77,12 @@ class DNAModel(nn.Module):
                 "adapter.context shows a causal model the tokens after each one; set it to 0, or "
                 "model.backbone.bidirectional true"
             )
+        if not backbone.bidirectional and getattr(tokens, "phase", None) is not None:
+            raise ValueError(
+                "adapter.period counts from the first token that a call is given, which a causal "
+                "model's carried state does not know; set it to 0, or model.backbone.bidirectional "
+                "true"
+            )
         if packed and backbone.attn_layer_idx:
             raise ValueError("model.packed is true; attention layers take padded batches only")
         if strands != "single":

@@ -51,8 +51,13 @@ def longest_orfs(
         for starts, end in open_frames(text):
             if end - starts[0] >= least:
                 found.append(_feature(contig, offset, len(sequence), strand, starts[0], end))
-    longest_first = sorted(found, key=len, reverse=True)
-    return _least_overlapping(longest_first, len(sequence), offset, overlap)
+    taken, kept = np.zeros(len(sequence), bool), []
+    for frame in sorted(found, key=len, reverse=True):
+        place = slice(frame.start - offset, frame.end - offset)
+        if np.count_nonzero(taken[place]) <= overlap:
+            taken[place] = True
+            kept.append(frame)
+    return sorted(kept, key=lambda f: f.start)
 
 
 def decode_orfs(
@@ -64,13 +69,13 @@ def decode_orfs(
     *,
     bias: float = 1.0,
     threshold: float = 100.0,
-    overlap: int = 60,
 ) -> list[Feature]:
     """Reading frames whose bases a model calls coding in that very frame.
 
     For every stop codon the start is chosen that gains most: the sum, over the bases of the frame,
-    of the log odds of being at that place of a codon, plus `bias`. Frames are taken from the best
-    down. A long open frame is itself evidence of a gene, which `bias` counts.
+    of the log odds of being at that place of a codon, plus `bias`, since a long open frame is
+    itself evidence of a gene. Frames are taken from the best down. A base of a better frame gives
+    no `bias` to another one: genes overlap where the model says that they do, and only there.
 
     Args:
         sequence: l bases.
@@ -80,7 +85,6 @@ def decode_orfs(
         offset: place of the first base on the contig.
         bias: added to the log odds of every base; 0: the model alone decides.
         threshold: least sum that makes a gene.
-        overlap: bases that a frame may share with better ones.
 
     Raises ValueError where labels of codon places are missing.
     """
@@ -102,19 +106,10 @@ def decode_orfs(
                 if gains[best] > threshold:
                     frame = _feature(contig, offset, len(text), strand, starts[best], end)
                     found.append((float(gains[best]), frame))
-    best_first = [frame for _, frame in sorted(found, key=lambda pair: -pair[0])]
-    return _least_overlapping(best_first, len(sequence), offset, overlap)
-
-
-def _least_overlapping(
-    frames: Sequence[Feature], length: int, offset: int, overlap: int
-) -> list[Feature]:
-    """Those of `frames`, taken in order, that share at most `overlap` bases with earlier ones."""
-    taken = np.zeros(length, bool)
-    kept = []
-    for frame in frames:
+    taken, kept = np.zeros(len(sequence), bool), []
+    for gain, frame in sorted(found, key=lambda pair: -pair[0]):
         place = slice(frame.start - offset, frame.end - offset)
-        if np.count_nonzero(taken[place]) <= overlap:
+        if gain - bias * np.count_nonzero(taken[place]) > threshold:
             taken[place] = True
             kept.append(frame)
     return sorted(kept, key=lambda f: f.start)

@@ -80,7 +80,7 @@ def test_the_other_strand_gives_the_same_answer(head, path):
     if path == "checkpointed":
         options["backbone"] = {"gradient_checkpointing": True}
     if path == "context":
-        options["adapter"] = {"context": 5, "positions": 14}
+        options["adapter"] = {"context": 5, "positions": 14, "period": 3}
     lengths = [12, 12, 12] if head == "track" else [12, 7, 9]
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-10)):
         net = model(head, **options).to(dtype)
@@ -214,6 +214,19 @@ def test_places_count_from_the_first_data():
     torch.testing.assert_close(padded, embed(ids[:, 3:])[0][0])
     with pytest.raises(ValueError, match="knows 8 places"):
         embed(torch.zeros(1, 9, dtype=torch.int64))
+
+
+def test_phases_count_from_the_first_data():
+    embed = TokenEmbedding(4, period=3)
+    ids, _, mask = rows([5], 8, left=3)
+    padded = embed(ids, mask)[0][0, 3:]
+    alone = embed(ids[:, 3:])[0][0]
+    torch.testing.assert_close(padded, alone)
+    same = embed(torch.zeros(1, 9, dtype=torch.int64))[0][0]
+    torch.testing.assert_close(same[:3], same[3:6])
+    assert (same[0] - same[1]).abs().max() > 0.1
+    with pytest.raises(ValueError, match=r"adapter\.period"):
+        model("token", bidirectional=False, adapter={"period": 3})
 
 
 @pytest.mark.gpu

@@ -372,3 +372,20 @@ def test_frames_that_a_model_speaks_for_are_found(strand):
     (longest,) = longest_orfs(text, 15, 0)
     assert (longest.start, longest.end, longest.strand) == (gene.start, gene.end, strand)
     assert not longest_orfs(text, 16, 0)
+
+
+def test_genes_overlap_where_the_model_says_so():
+    letters = np.random.default_rng(3).choice(list("ACGT"), 600)
+    text = "".join(letters)
+    genes = [
+        Feature(contig="c", start=starts[0], end=end, strand="+")
+        for starts, end in open_frames(text)
+        if end - starts[0] > 60
+    ]
+    first, second = next(
+        (a, b) for a in genes for b in genes if a.start < b.start < a.end - 20 and a.end < b.end
+    )
+    for spoken_for in ([first, second], [first], [second]):
+        chances = paint(spoken_for, 0, len(text), ["codon"]) * 0.98 + 0.01
+        found = decode_orfs(text, chances, CODON_LABELS, bias=3.0, threshold=30.0)
+        assert [(f.start, f.end) for f in found] == [(f.start, f.end) for f in spoken_for]

@@ -280,6 +280,17 @@ def test_labels_of_tokens_overlap_and_may_be_unknown():
     ]  # fmt: skip
 
 
+def test_labels_of_tokens_count_as_their_weights_say():
+    targets, logits = torch.randint(2, (2, 7, 3)).float(), torch.randn(2, 7, 3)
+    one = TokenMultiLabel(model(TokenHead), LABELS, OPTIMIZER, label_weights={"b": 4.0})
+    losses = nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    expected = (losses * torch.tensor([0.5, 2.0, 0.5])).mean()
+    torch.testing.assert_close(one.loss(logits, {"targets": targets}), expected)
+    for weights in ({"x": 2.0}, {"a": 0.0}):
+        with pytest.raises(ValueError, match=r"task\.label_weights"):
+            TokenMultiLabel(model(TokenHead), LABELS, OPTIMIZER, label_weights=weights)
+
+
 @pytest.mark.parametrize("name", ["mse", "huber", "poisson"])
 def test_unknown_values_count_nowhere(name):
     one = Regression(model(), LABELS, OPTIMIZER, loss_name=name)

@@ -109,7 +109,31 @@ class TokenMultiLabel(AnyLabels):
 
     The model gives logits (b, l, k). Targets are (b, l, k) float, 1 present, 0 absent, NaN where
     there is no label.
+
+    Args:
+        model, labels, optimizer, positive_weight, threshold: as in `AnyLabels`.
+        label_weights: how much labels count in the loss, by name, 1 where they have none; of
+            validation and test too. A label of few tokens costs little otherwise, and is learned
+            last.
     """
+
+    label_weight: Tensor | None
+
+    def __init__(
+        self,
+        model: nn.Module,
+        labels: list[str],
+        optimizer: OptimizerConfig,
+        *,
+        positive_weight: float = 1.0,
+        threshold: float = 0.5,
+        label_weights: dict[str, float] | None = None,
+    ) -> None:
+        super().__init__(
+            model, labels, optimizer, positive_weight=positive_weight, threshold=threshold
+        )
+        weight = label_weight_tensor(label_weights, labels)
+        self.register_buffer("label_weight", weight, persistent=False)
 
     def build_metrics(self, part: str) -> dict[str, Metric]:
         metrics: dict[str, Metric] = {"f1": BinaryF1Score(threshold=self.threshold)}
@@ -126,7 +150,7 @@ class TokenMultiLabel(AnyLabels):
         losses = F.binary_cross_entropy_with_logits(
             outputs.float(),
             batch["targets"].nan_to_num(),
-            weight=known.float(),
+            weight=known.float() if self.label_weight is None else known * self.label_weight,
             pos_weight=self.positive_weight if self.training else None,
             reduction="sum",
         )
@@ -153,6 +177,20 @@ class TokenMultiLabel(AnyLabels):
                 segments += [segment for segment in found if segment["label"] is not None]
             answers.append({"segments": sorted(segments, key=lambda s: (s["start"], s["label"]))})
         return answers
+
+
+def label_weight_tensor(weights: dict[str, float] | None, labels: list[str]) -> Tensor | None:
+    """Weights in the order of the labels, with mean 1; raises ValueError for other names."""
+    if weights is None:
+        return None
+    if unknown := sorted(set(weights) - set(labels)):
+        raise ValueError(
+            f"task.label_weights names {', '.join(unknown)}, expected some of {', '.join(labels)}"
+        )
+    weight = torch.tensor([weights.get(label, 1.0) for label in labels])
+    if not (weight > 0).all():
+        raise ValueError(f"task.label_weights are {weights}, expected to be above 0")
+    return weight / weight.mean()
 
 
 def segments_of(
