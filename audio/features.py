@@ -40,12 +40,15 @@ class Features(nn.Module):
         window_seconds: length of a frame.
         hop_seconds: from one frame to the next.
         per_bin: normalise each mel bin by itself.
+        floor: log energy of silence, which lower ones are raised to, so that the recordings' own
+            noise is not heard; null: that of 1.2e-7 in fbank, of 1e-6 in logmel.
         time_masks: stretches of frames that training hides (SpecAugment, Park et al. 2019).
         time_mask_ratio: longest stretch as a part of the clip's frames.
         frequency_masks: stretches of mel bins that training hides.
         frequency_mask_bins: longest stretch of mel bins.
         equalizer: standard deviation, in normalised units, of a smooth random curve over the mel
-            bins that training adds to a clip, as other microphones and rooms do; 0: none.
+            bins that training adds to a clip, as other microphones and rooms do; silence stays
+            silence; 0: none.
 
     Raises ValueError for impossible sizes.
     """
@@ -64,6 +67,7 @@ class Features(nn.Module):
         window_seconds: float = 0.025,
         hop_seconds: float = 0.010,
         per_bin: bool = False,
+        floor: float | None = None,
         time_masks: int = 0,
         time_mask_ratio: float = 0.1,
         frequency_masks: int = 0,
@@ -87,6 +91,12 @@ class Features(nn.Module):
                 f"features.time_mask_ratio is {time_mask_ratio} and frequency_mask_bins "
                 f"{frequency_mask_bins}, expected 0 to 1 and 0 to {num_mels}"
             )
+        least = math.log(FLOORS[kind])
+        if floor is not None and not least <= floor < math.inf:
+            raise ValueError(
+                f"features.floor is {floor}, expected a natural logarithm of at least {least:.1f}"
+            )
+        self.floor = least if floor is None else floor
         self.hop_seconds, self.per_bin = hop_seconds, per_bin
         self.time_masks, self.time_mask_ratio = time_masks, time_mask_ratio
         self.frequency_masks, self.frequency_mask_bins = frequency_masks, frequency_mask_bins
@@ -137,11 +147,6 @@ class Features(nn.Module):
             energies = torch.where(data[..., None], energies, self.floor)
         return self.normalize(energies), counts
 
-    @property
-    def floor(self) -> float:
-        """The log energy of silence."""
-        return math.log(FLOORS[self.kind])
-
     def normalize(self, energies: Tensor) -> Tensor:
         return (energies - self.mean) / self.deviation
 
@@ -160,7 +165,7 @@ class Features(nn.Module):
         size = 2 * (self.bank.shape[0] - 1)
         spectrum = torch.fft.rfft(frames * self.window, n=size)
         power = spectrum.real.square() + spectrum.imag.square()
-        return (power @ self.bank).clamp(min=FLOORS[self.kind]).log()
+        return (power @ self.bank).clamp(min=FLOORS[self.kind]).log().clamp(min=self.floor)
 
     def _augment(self, features: Tensor, counts: Tensor | None) -> Tensor:
         """SpecAugment and the equalizer, each row by itself; what is hidden becomes 0, the mean."""
@@ -169,7 +174,9 @@ class Features(nn.Module):
         if self.equalizer > 0:
             knots = torch.randn(b, 1, 6, device=device) * self.equalizer
             curve = F.interpolate(knots, m, mode="linear", align_corners=True)
-            features = features + curve
+            silence = self.normalize(torch.full_like(self.mean, self.floor))
+            heard = features > silence
+            features = torch.where(heard, torch.maximum(features + curve, silence), silence)
         hidden = torch.zeros(b, t, m, dtype=torch.bool, device=device)
         frames = torch.full((b,), t, device=device) if counts is None else counts
         for _ in range(self.time_masks):

@@ -2,6 +2,8 @@
 inside the clip.
 """
 
+import math
+
 import pytest
 import soundfile
 import torch
@@ -50,6 +52,27 @@ def test_logmel_is_torchaudios():
     )
     found = Features(16000, kind="logmel", num_mels=80).log_energies(waves)
     torch.testing.assert_close(found, mel(waves).clamp(min=1e-6).log().mT)
+
+
+@pytest.mark.parametrize("kind", ["fbank", "logmel"])
+def test_a_floor_hides_what_is_quieter(kind):
+    waves = torch.randn(2, 8000) * torch.logspace(0, -3, 8000)
+    clean = Features(16000, kind=kind, num_mels=32).log_energies(waves)
+    features = Features(16000, kind=kind, num_mels=32, floor=-2.0)
+    found = features.log_energies(waves)
+    assert found.min() == features.floor == -2.0
+    assert torch.equal(found, clean.clamp(min=-2.0))
+
+
+def test_an_equalizer_leaves_silence_silent():
+    features = Features(16000, kind="logmel", num_mels=32, floor=-2.0, equalizer=0.5)
+    waves = torch.randn(4, 16000)
+    waves[:, 8000:] = 0
+    clean, silence = features.eval()(waves)[0], features.normalize(torch.full((32,), -2.0))
+    changed = features.train()(waves)[0]
+    assert torch.equal(changed[:, 50:], silence.expand_as(changed[:, 50:]))
+    assert (changed >= silence).all()
+    assert (changed[:, :48] - clean[:, :48]).std() > 0.1
 
 
 @pytest.mark.parametrize("samples", [1, 399, 400, 559, 560, 4321])
@@ -116,6 +139,8 @@ def test_masks_stay_inside_the_clip_and_only_in_training():
     [
         ({"kind": "mfcc"}, "features.kind is 'mfcc'"),
         ({"hop_seconds": 0.05}, "window no shorter"),
+        ({"floor": -20.0}, "features.floor is -20.0, expected a natural logarithm"),
+        ({"floor": math.inf}, "features.floor is inf"),
         ({"frequency_masks": 1, "frequency_mask_bins": 400}, "frequency_mask_bins 400"),
     ],
 )
