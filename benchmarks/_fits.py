@@ -1,8 +1,8 @@
 """What benchmarks of many fits share: fits in a file, to go on where one stopped.
 
-Each fit is a line of JSON that is appended when it is done; a script that was stopped does the rest
-when it is called again. `--minutes` starts no further fit after that time, `--jobs` runs several at
-once, which share a GPU.
+Each fit is a line of JSON, with the hardware that it ran on, that is appended when it is done; a
+script that was stopped does the rest when it is called again. `--minutes` starts no further fit
+after that time, `--jobs` runs several at once, which share a GPU.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from pathlib import Path
 from typing import Any
 
-from _record import RESULTS
+from _record import RESULTS, hardware
 
 
 def arguments(name: str, text: str | None) -> argparse.ArgumentParser:
@@ -95,14 +95,18 @@ def do_fits(
             in_time = time.monotonic() - start < 60 * minutes
             while waiting and len(running) < jobs and in_time:
                 key = waiting.pop(0)
-                running[pool.submit(fit, key, *options)] = key
+                running[pool.submit(_recorded, fit, key, *options)] = key
             if not running:
                 print(f"{len(waiting)} fits are left; call again to go on")
                 break
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 key = running.pop(future)
-                done[key] = {"key": key, **future.result()}
+                done[key] = future.result()
                 file.write(json.dumps(done[key]) + "\n")
                 file.flush()
                 print(f"{key}: {done[key].get('summary', 'done')}", flush=True)
     return done
+
+
+def _recorded(fit: Callable[..., dict[str, Any]], key: str, *options: Any) -> dict[str, Any]:
+    return {"key": key, **fit(key, *options), "hardware": hardware()}

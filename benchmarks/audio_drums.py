@@ -3,7 +3,8 @@
     python benchmarks/audio_drums.py --data data/drums --runs runs/drums --jobs 4
 
 For every author and seed the recipe trains on the other authors, and keeps the running average of
-the weights where the training loss is least, near the end: no author's clips choose an epoch.
+the weights where the training loss is least, near the end: no author's clips choose an epoch. The
+author of the fewest clips, 11 or 16, is what the recipe calls its validation part.
 Accuracy is pooled over all clips, and given without the two kits whose labels are doubtful, too.
 
 How the recipe came about: that silence should follow the hits to 2 s was seen on the simple models,
@@ -21,6 +22,7 @@ results/audio_drums.json. Keys of the recipe come after --.
 import argparse
 import csv
 import statistics
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +44,20 @@ def fit(key: str, data: Path, folder: Path, overrides: list[str]) -> dict[str, A
     """Train without one author; answers for the clips of this author."""
     author, seed = key.split(" | ")
     table = data / "manifest.csv"
-    source = [f"--data.source={table}", f"--data.test_groups=[{author}]", "--data.compare=false"]
-    words = [*source, f"--seed={seed}", *overrides]
-    run, metrics = train_into(folder, key, "audio/drums", words)
     clips = read_table(table, "label", columns=COLUMNS)
+    # The simple models learn from all other authors. A part for validation, which chooses nothing
+    # here, cannot be empty: it is the author of the fewest clips.
+    others = Counter(str(clip.group) for clip in clips if clip.group != author)
+    words = [
+        f"--data.source={table}",
+        f"--data.test_groups=[{author}]",
+        "--data.columns={path: file, group: author, fold: author}",
+        f"--data.val_fold={min(others, key=others.__getitem__)}",
+        "--data.compare=false",
+        f"--seed={seed}",
+        *overrides,
+    ]
+    run, metrics = train_into(folder, key, "audio/drums", words)
     answers = mamba2_apps.load(run).predict([clip.path for clip in clips if clip.group == author])
     accuracy = metrics["test"]["accuracy"]
     return {

@@ -1,6 +1,6 @@
 """Coding regions of Chlamydia trachomatis: the last 20% of the genome, by base and strand.
 
-    python benchmarks/genomics_chlamydia.py [--seeds 3] [--minutes 8] [-- --trainer.max_epochs=30]
+    python benchmarks/genomics_chlamydia.py [--jobs 3] [-- --trainer.max_epochs=30]
 
 Each fit is `mamba2-apps train genomics/bacterial-cds`, which sees the first 80%. R_K, the
 multi-class MCC over {none, +, -, both} per base, is given for the model's probabilities alone (a
@@ -8,18 +8,18 @@ base is coding where one of its three codon places has probability 0.5) and for 
 frames decoded from them, whose options are tuned on the part of the first 80% that the recipe
 holds out to choose the epoch. The baseline is a scan for the longest open reading frames, whose
 least length and overlap are tuned on the first 80%. The genes pgm, across the split, and CT875,
-across the origin, are left out. Needs data/chlamydia. Writes
-benchmarks/results/genomics_chlamydia.json.
+across the origin, are left out. Needs data/chlamydia. Each fit is a line of
+results/genomics_chlamydia.jsonl when it ends, and is not run again; the summary is
+results/genomics_chlamydia.json.
 """
 
 import itertools
 import statistics
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _fits import arguments, do_fits
+from _fits import arguments_of_runs, do_fits, parse_of_runs, train_into
 from _record import write_record
 from sklearn.metrics import matthews_corrcoef
 
@@ -94,19 +94,16 @@ def tuned_options(
     return max(scores, key=lambda pair: pair[0])[1]
 
 
-def fit(key: str, overrides: list[str]) -> dict[str, Any]:
+def fit(key: str, folder: Path, overrides: list[str]) -> dict[str, Any]:
     """Train with one seed and test."""
-    from mamba2_apps import catalog, load, runs
+    from mamba2_apps import load
     from mamba2_apps.genomics.scan import predict_bases
 
     seed = int(key.split("=")[1])
     contig, sequence, classes, counted = truth()
-    with tempfile.TemporaryDirectory() as folder:
-        run = Path(folder) / "run"
-        metrics = runs.train(
-            catalog.find("genomics/bacterial-cds"), run, [*overrides, f"--seed={seed}"]
-        )
-        task = load(run).task
+    words = [*overrides, f"--seed={seed}"]
+    run, metrics = train_into(folder, key, "genomics/bacterial-cds", words)
+    task = load(run).task
     region = (contig, SPLIT, len(sequence))
     answers, stitch = predict_bases(
         task, {contig: sequence}, regions=[region], window=32768, overlap=8192
@@ -138,11 +135,11 @@ def fit(key: str, overrides: list[str]) -> dict[str, Any]:
 
 
 def main() -> None:
-    options = arguments("genomics_chlamydia", __doc__).parse_args()
-    keys = [f"seed={seed}" for seed in range(options.seeds)]
-    done = do_fits(
-        options.fits, keys, fit, options.overrides, jobs=options.jobs, minutes=options.minutes
-    )
+    parser = arguments_of_runs("genomics_chlamydia", __doc__, "runs/genomics-chlamydia")
+    options = parse_of_runs(parser)
+    keys = [f"seed={seed}" for seed in options.seeds]
+    todo = (options.runs, options.overrides)
+    done = do_fits(options.fits, keys, fit, *todo, jobs=options.jobs, minutes=options.minutes)
     if not all(key in done for key in keys):
         return
     rows = [done[key] for key in keys]
@@ -152,10 +149,8 @@ def main() -> None:
     }
     scan = baseline()
     print(f"{means} (bar {BAR}, aim {AIM}); longest-ORF scan {scan}")
-    if options.seeds < 3:
-        return  # a trial
     write_record(
-        "genomics_chlamydia",
+        options.name,
         ("torch", "lightning", "scikit-learn", "numpy", "biopython"),
         {"bar": BAR, "aim": AIM, **means, "longest_orf_scan": scan, "fits": rows},
     )

@@ -1,23 +1,23 @@
 """Donor sites in 100 held-out fly genes, among every GT inside them.
 
-    python benchmarks/genomics_fly.py [--seeds 3] [--minutes 8] [--pretrained RUN] [-- --seed=1 ...]
+    python benchmarks/genomics_fly.py [--jobs 3] [--pretrained RUN] [-- --trainer.max_epochs=30]
 
 Each fit is `mamba2-apps train genomics/genes` on the 486 training genes; with --pretrained it
 starts from a RUN of `genomics/pretrain`, which has not seen the held-out genes, and is reported
 beside the others. Sites are read in the gene's direction; GC and AT donors are no GT and left out.
 The 95% interval is a bootstrap over genes. Baselines, trained on the GT of the same training genes:
 logistic regression on one-hot bases, 60 on each side, and gradient boosting on position weights and
-hexamer counts. Needs data/fly. Writes benchmarks/results/genomics_fly.json.
+hexamer counts. Needs data/fly. Each fit is a line of results/genomics_fly.jsonl when it ends, and
+is not run again; the summary is results/genomics_fly.json.
 """
 
 import statistics
-import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from _fits import arguments, do_fits
+from _fits import arguments_of_runs, do_fits, parse_of_runs, train_into
 from _record import write_record
 from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.linear_model import LogisticRegression
@@ -154,19 +154,17 @@ def genes_and_sites(part: str, genome: Genome) -> tuple[list[Feature], Sites]:
     return genes, sites_of(genes, genome)
 
 
-def fit(key: str, overrides: list[str], pretrained: str | None) -> dict[str, Any]:
+def fit(key: str, folder: Path, overrides: list[str], pretrained: str | None) -> dict[str, Any]:
     """Train with one seed and score the held-out sites."""
-    from mamba2_apps import catalog, load, runs
+    from mamba2_apps import load
     from mamba2_apps.genomics.scan import predict_bases
 
     seed = int(key.split("seed=")[1])
     words = [*overrides, f"--seed={seed}"]
     if pretrained is not None:
         words.append(f"--adaptation.start={pretrained}")
-    with tempfile.TemporaryDirectory() as folder:
-        run = Path(folder) / "run"
-        metrics = runs.train(catalog.find("genomics/genes"), run, words)
-        task = load(run).task
+    run, metrics = train_into(folder, key, "genomics/genes", words)
+    task = load(run).task
     genome = Genome(GENOME)
     genes, sites = genes_and_sites("test", genome)
     values = np.empty(len(sites.gene))
@@ -192,20 +190,13 @@ def fit(key: str, overrides: list[str], pretrained: str | None) -> dict[str, Any
 
 
 def main() -> None:
-    parser = arguments("genomics_fly", __doc__)
+    parser = arguments_of_runs("genomics_fly", __doc__, "runs/genomics-fly")
     parser.add_argument("--pretrained", help="RUN of genomics/pretrain to start from")
-    options = parser.parse_args()
+    options = parse_of_runs(parser)
     kind = "scratch" if options.pretrained is None else "pretrained"
-    keys = [f"{kind} seed={seed}" for seed in range(options.seeds)]
-    done = do_fits(
-        options.fits,
-        keys,
-        fit,
-        options.overrides,
-        options.pretrained,
-        jobs=options.jobs,
-        minutes=options.minutes,
-    )
+    keys = [f"{kind} seed={seed}" for seed in options.seeds]
+    todo = (options.runs, options.overrides, options.pretrained)
+    done = do_fits(options.fits, keys, fit, *todo, jobs=options.jobs, minutes=options.minutes)
     if not all(key in done for key in keys):
         return
     genome = Genome(GENOME)
@@ -223,10 +214,8 @@ def main() -> None:
     print(f"{means} (bar {BAR}, AUROC {AUROC_BAR}; aim {AIM})")
     for name, found in scores.items():
         print(f"{name}: {found}")
-    if options.seeds < 3:
-        return  # a trial
     write_record(
-        "genomics_fly",
+        options.name,
         ("torch", "lightning", "scikit-learn", "numpy"),
         {
             "bar": BAR,
