@@ -43,7 +43,7 @@ from mamba2_apps.backbone import Backbone, BackboneConfig
 from mamba2_apps.parallel import split_sequence
 
 DNA = {"d_model": 256, "n_layer": 8, "d_state": 64, "headdim": 64, "bidirectional": True}
-FULL = {"image_batch": 64, "image_size": 224, "bases": 131_072, "part": 1_048_576, "steps": 10}
+FULL = {"image_batch": 128, "image_size": 224, "bases": 131_072, "part": 1_048_576, "steps": 10}
 SMALL = {"image_batch": 1, "image_size": 32, "bases": 256, "part": 256, "steps": 2}
 
 
