@@ -95,11 +95,17 @@ class EventDetection(TokenMultiLabel):
         *,
         positive_weight: float = 1.0,
         threshold: float = 0.5,
+        label_weights: dict[str, float] | None = None,
     ) -> None:
         if not hasattr(getattr(model, "adapter", None), "frames_per_step"):
             raise ValueError(f"{type(model).__name__} has no audio adapter, which events need")
         super().__init__(
-            model, labels, optimizer, positive_weight=positive_weight, threshold=threshold
+            model,
+            labels,
+            optimizer,
+            positive_weight=positive_weight,
+            threshold=threshold,
+            label_weights=label_weights,
         )
 
     @property
