@@ -25,23 +25,19 @@ PATCHES = "mamba2_apps.vision.adapter.PatchEmbedding"
 DESIGNS: dict[str, list[str]] = {
     "recipe": [],
     "a convolution per direction": [f"{BACKBONE}.conv_per_direction=true"],
-    "class token in the middle": [f"{ADAPTER}.class_token=true", "--model.head.pool=98"],
+    "class token in the middle": [f"{ADAPTER}.class_token=true", "--model.head.pool=24"],
     "causal, one scan": [f"{BACKBONE}.bidirectional=false"],
     "patches of 4, stride 2, no stem": [
         f'{ADAPTER}={{"class_path": "{PATCHES}", "init_args": {{"image_size": 28, "patch_size": 4, '
         '"stride": 2, "in_chans": 1}}',
     ],
-    "a third stage, 49 tokens": [
-        f"{ADAPTER}.widths=[64,128,256]",
-        f"{ADAPTER}.blocks=[1,1,1]",
-    ],
-    "a third stage, two blocks each": [
-        f"{ADAPTER}.widths=[64,128,256]",
-        f"{ADAPTER}.blocks=[2,2,2]",
-    ],
+    "two stages, 196 tokens": [f"{ADAPTER}.widths=[64,128]", f"{ADAPTER}.blocks=[2,2]"],
+    "one block a stage": [f"{ADAPTER}.blocks=[1,1,1]"],
     "d_state 16": [f"{BACKBONE}.d_state=16"],
     "no random erasing": ["--data.erase=0"],
-    "mixup 0.2": ["--data.mixup=0.2"],
+    "no mixup": ["--data.mixup=0"],
+    "cutmix 0.5 beside mixup": ["--data.cutmix=0.5"],
+    "drop path 0.2": [f"{BACKBONE}.drop_path=0.2"],
 }
 
 

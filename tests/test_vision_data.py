@@ -328,9 +328,10 @@ def test_predict_keeps_the_likeliest_labels(trained, capsys):
 
 def test_a_fashion_mnist_run_trains_and_shows_its_mistakes(clothes, tmp_path):
     words = [f"--data.folder={clothes}", "--data.batch_size=32", "--data.val_images=50"]
-    words += ["--data.mixup=0.2", "--model.adapter.widths=[8,16]", "--model.backbone.n_layer=1"]
-    words += ["--model.backbone.d_model=32", "--model.backbone.headdim=16"]
-    words += ["--trainer.max_epochs=1", "--optimizer.warmup_epochs=0.5", "--trainer.precision=fp32"]
+    words += ["--model.adapter.widths=[8,16]", "--model.adapter.blocks=[1,1]"]
+    words += ["--model.backbone.n_layer=1", "--model.backbone.d_model=32"]
+    words += ["--model.backbone.headdim=16", "--trainer.max_epochs=1"]
+    words += ["--optimizer.warmup_epochs=0.5", "--trainer.precision=fp32"]
     metrics = runs.train(catalog.find("vision/fashion-mnist"), tmp_path / "run", words)
     assert metrics["parameters"] < 7_000_000
     for name in ("mistakes.png", "saliency.png"):
