@@ -172,16 +172,18 @@ def stream(options: argparse.Namespace) -> None:
         names = [str(i) for i in range(CLASSES)]
         task = Classification(model, names, OptimizerConfig()).eval()
         heard = AudioStream(task, AudioPreprocessing(sample_rate=16000), 16000)
-        times, memory = [], {}
+        memory = {}
         pieces = round(options.hours * 36000)
+        times = torch.zeros(pieces, 2, dtype=torch.float64)  # wall and CPU, whole at once
         for piece in range(pieces):
             samples = 0.1 * torch.randn(PIECE)
             start, cpu = time.perf_counter(), time.thread_time()
             heard.push(samples)
-            times.append((time.perf_counter() - start, time.thread_time() - cpu))
+            times[piece, 0] = time.perf_counter() - start
+            times[piece, 1] = time.thread_time() - cpu
             if piece % max(1, pieces // 10) == pieces // 10 - 1:
                 memory[f"{(piece + 1) / 600:.1f} min"] = round(resident_mib(), 1)
-        wall, cpu_times = (sorted(column) for column in zip(*times[20:], strict=True))
+        wall, cpu_times = times[20:].T.sort().values.tolist()
         results[tokens] = {
             "parameters": parameters(model),
             "pieces": pieces,
