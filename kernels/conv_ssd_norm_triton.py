@@ -2,7 +2,8 @@
 
 Registered as torch.ops.mamba2_apps.conv_ssd_norm_triton and ..._backward. Arguments are taken as
 checked: `conv_ssd_norm.py` does that and says what the op computes. Kept for the backward beside
-the inputs: what the convolution and the scan gave.
+the inputs: what the scan gave. The convolution is done again there, as in mamba_ssm: its output
+would be a fifth of what a block keeps.
 
 Dimension legend: batch b · seqlen l · nheads h · headdim p · ngroups g · dstate n
 """
@@ -67,29 +68,32 @@ def _forward(
     eps: float,
     group_size: int,
     norm_before_gate: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y, and for the backward what the convolution (b, l, h p + 2 g n) and the scan gave."""
+) -> tuple[Tensor, Tensor]:
+    """y, and for the backward what the scan gave."""
     sizes = _Sizes(A.shape[-1], headdim, ngroups, d_state, A.dim())
     z, xBC, dt = sizes.parts(zxBCdt.contiguous())
-    mixed, _ = causal_conv1d_triton._forward(
-        xBC, conv_weight, conv_bias, True, None, cu_seqlens, False, False
-    )
-    x, B, C = sizes.split(mixed)
+    x, B, C = sizes.split(_convolved(xBC, conv_weight, conv_bias, cu_seqlens))
     scanned, _, _ = ssd_triton._forward(
         x, dt, A, B, C, D, None, dt_bias, None, cu_seqlens, True, low, high, False, False, False
     )
     scanned = scanned.view(z.shape)
     y = gated_rms_norm_triton._forward(scanned, norm_weight, z, eps, group_size, norm_before_gate)
-    return y, mixed, scanned
+    return y, scanned
+
+
+def _convolved(
+    xBC: Tensor, weight: Tensor, bias: Tensor | None, cu_seqlens: Tensor | None
+) -> Tensor:
+    return causal_conv1d_triton._forward(xBC, weight, bias, True, None, cu_seqlens, False, False)[0]
 
 
 def _forward_fake(
     zxBCdt, conv_weight, conv_bias, dt_bias, A, D, norm_weight, cu_seqlens, headdim, ngroups,
     d_state, low, high, eps, group_size, norm_before_gate,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     b, l, _ = zxBCdt.shape
-    inner, channels = norm_weight.shape[0], conv_weight.shape[0]
-    return tuple(zxBCdt.new_empty(b, l, size) for size in (inner, channels, inner))
+    inner = norm_weight.shape[0]
+    return zxBCdt.new_empty(b, l, inner), zxBCdt.new_empty(b, l, inner)
 
 
 def _backward(
@@ -102,7 +106,6 @@ def _backward(
     D: Tensor | None,
     norm_weight: Tensor,
     cu_seqlens: Tensor | None,
-    mixed: Tensor,
     scanned: Tensor,
     headdim: int,
     ngroups: int,
@@ -116,8 +119,10 @@ def _backward(
     """Gradients of the tensors in the forward's order, without those that are not there."""
     sizes = _Sizes(A.shape[-1], headdim, ngroups, d_state, A.dim())
     zxBCdt = zxBCdt.contiguous()
-    gradient, dmixed = torch.empty_like(zxBCdt), torch.empty_like(mixed)
+    gradient = torch.empty_like(zxBCdt)
     (z, xBC, dt), (dz, dxBC, ddt) = sizes.parts(zxBCdt), sizes.parts(gradient)
+    mixed = _convolved(xBC, conv_weight, conv_bias, cu_seqlens)
+    dmixed = torch.empty_like(mixed)
     (x, B, C), (dx, dB, dC) = sizes.split(mixed), sizes.split(dmixed)
     used = z.shape[2] + xBC.shape[2] + A.numel()
     if used < zxBCdt.shape[2]:
@@ -147,13 +152,13 @@ def _backward_fake(dy, *inputs) -> list[Tensor]:
 
 def _setup_context(ctx, inputs, output) -> None:
     tensors, ctx.settings = inputs[:8], inputs[8:]
-    _, mixed, scanned = output
-    ctx.mark_non_differentiable(mixed, scanned)
+    _, scanned = output
+    ctx.mark_non_differentiable(scanned)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, mixed, scanned)
+    ctx.save_for_backward(*tensors, scanned)
 
 
-def _differentiate(ctx, dy, *_):
+def _differentiate(ctx, dy, _):
     saved = ctx.saved_tensors
     direct = not torch.is_grad_enabled() and is_plain(dy, *saved)
     run: Any = _backward if direct else torch.ops.mamba2_apps.conv_ssd_norm_triton_backward
@@ -172,10 +177,10 @@ _SETTINGS = (
 )
 _Direct = register(
     "conv_ssd_norm_triton",
-    f"({_TENSORS}, {_SETTINGS}) -> (Tensor, Tensor, Tensor)",
+    f"({_TENSORS}, {_SETTINGS}) -> (Tensor, Tensor)",
     _forward,
     _forward_fake,
-    f"(Tensor dy, {_TENSORS}, Tensor mixed, Tensor scanned, {_SETTINGS}) -> Tensor[]",
+    f"(Tensor dy, {_TENSORS}, Tensor scanned, {_SETTINGS}) -> Tensor[]",
     _backward,
     _backward_fake,
     _differentiate,
@@ -186,5 +191,5 @@ _Direct = register(
 def conv_ssd_norm(*inputs: Any) -> Tensor:
     """`kernels.conv_ssd_norm` on checked arguments, in the order of `_forward`."""
     run = _Direct.apply if is_plain(*inputs[:8]) else torch.ops.mamba2_apps.conv_ssd_norm_triton
-    y, _, _ = run(*inputs)
+    y, _ = run(*inputs)
     return y
