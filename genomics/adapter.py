@@ -21,7 +21,11 @@ class TokenEmbedding(nn.Module):
             none.
         positions: tokens for which a place is learned, for inputs that are aligned (a window around
             a site); 0: none. Longer inputs raise ValueError.
+        period: learn a vector for each place modulo this, 3 for reading frames, which a state space
+            of real decays cannot count; 0: none.
         dropout: part of the embedding's values that training sets to 0.
+        token_dropout: part of the tokens that training replaces by the mask token, so that no
+            answer rests on one of them; needs `maskable`.
         maskable: for pretraining; hidden tokens become the tokenizer's mask token.
     """
 
@@ -36,13 +40,19 @@ class TokenEmbedding(nn.Module):
         positions: int = 0,
         period: int = 0,
         dropout: float = 0.0,
+        token_dropout: float = 0.0,
         maskable: bool = False,
     ) -> None:
         super().__init__()
+        if not 0 <= token_dropout < 1 or (token_dropout and not maskable):
+            raise ValueError(
+                f"adapter.token_dropout is {token_dropout} and adapter.maskable {maskable}; "
+                "expected at least 0 and below 1, and maskable true for any but 0"
+            )
         if context and (context < 0 or context % 2 == 0):
             raise ValueError(f"adapter.context is {context}, expected an odd number, or 0")
         self.tokenizer = build_tokenizer(tokenizer or {"kind": "base"})
-        self.maskable = maskable
+        self.maskable, self.token_dropout = maskable, token_dropout
         self.target_size = self.tokenizer.size
         self.embedding = nn.Embedding(self.tokenizer.size, d_model)
         self.conv = nn.Conv1d(d_model, d_model, context, padding=context // 2) if context else None
@@ -68,6 +78,9 @@ class TokenEmbedding(nn.Module):
 
         hide (b, l) bool: tokens to replace by the mask token; needs `maskable`.
         """
+        if self.training and self.token_dropout:
+            dropped = torch.rand(inputs.shape, device=inputs.device) < self.token_dropout
+            hide = dropped if hide is None else hide | dropped
         if hide is not None:
             if not self.maskable:
                 raise ValueError("hide was given; build the adapter with maskable=True")

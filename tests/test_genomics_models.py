@@ -229,6 +229,18 @@ def test_phases_count_from_the_first_data():
         model("token", bidirectional=False, adapter={"period": 3})
 
 
+def test_token_dropout_hides_tokens_in_training_only():
+    torch.manual_seed(0)
+    embed = TokenEmbedding(4, token_dropout=0.25, maskable=True)
+    ids = torch.full((8, 500), 3)
+    masked = embed.embedding.weight[embed.tokenizer.mask_id]
+    share = (embed(ids)[0] == masked).all(-1).float().mean()
+    assert 0.2 < share < 0.3
+    torch.testing.assert_close(embed.eval()(ids)[0], embed.embedding(ids))
+    with pytest.raises(ValueError, match=r"token_dropout is 0\.1 and adapter\.maskable False"):
+        TokenEmbedding(4, token_dropout=0.1)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("packed", [False, True])
 def test_the_other_strand_gives_the_same_answer_on_a_gpu(packed):
