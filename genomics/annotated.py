@@ -7,7 +7,7 @@ Labels of a strand, each a column of its own, since they overlap:
     intron          between the blocks of a gene
     donor           the first base of an intron, in the gene's direction
     acceptor        the last base of an intron
-    start, stop     the first base of a coding region, and its last
+    start, stop     the first base of a coding region, and its last, where it is complete
 
 Columns go by strand: all of "+", then all of "-" ("donor+", …, "donor-"), so that a model of both
 strands takes strand_pairs: halves.
@@ -26,7 +26,12 @@ from torch.utils.data import Dataset
 
 from mamba2_apps.data import DataModule, Sample
 from mamba2_apps.files import write_json
-from mamba2_apps.genomics.annotations import genbank_genome, joined, read_features
+from mamba2_apps.genomics.annotations import (
+    coding_part,
+    genbank_genome,
+    joined,
+    read_features,
+)
 from mamba2_apps.genomics.fasta import Genome
 from mamba2_apps.genomics.intervals import Feature
 from mamba2_apps.genomics.preprocessing import DNAPreprocessing
@@ -72,6 +77,7 @@ def paint(genes: Sequence[Feature], start: int, end: int, targets: Sequence[Targ
             continue
         s, forward = gene.strand, gene.strand == "+"
         ends = (gene.start, gene.end - 1) if forward else (gene.end - 1, gene.start)
+        complete = {"start": gene.has_start and not gene.phase, "stop": gene.has_stop}
         for target in targets:
             if target == "cds":
                 for block in gene.blocks:
@@ -87,7 +93,7 @@ def paint(genes: Sequence[Feature], start: int, end: int, targets: Sequence[Targ
                 for first, last in gene.gaps:
                     at = first if (target == "donor") == forward else last - 1
                     mark(at, at + 1, f"{target}{s}")
-            else:
+            elif complete[target]:
                 at = ends[0 if target == "start" else 1]
                 mark(at, at + 1, f"{target}{s}")
     return labels
@@ -100,7 +106,7 @@ def _codon_places(gene: Feature) -> Iterator[tuple[int, np.ndarray]]:
     if gene.strand == "-":
         bases = np.concatenate([block[::-1] for block in reversed(blocks)])
     for position in range(3):
-        yield position, bases[position::3]
+        yield position, bases[(position + gene.phase) % 3 :: 3]
 
 
 class AnnotatedWindows(Dataset[Sample]):
@@ -150,7 +156,8 @@ class AnnotatedGenome(DataModule):
         batch_size: windows per step.
         num_workers: processes that read and augment; 0 does it in the training process.
         genome: FASTA file; null where `annotation` is GenBank with its sequence.
-        annotation: GenBank, GFF3, GTF or BED file of coding regions.
+        annotation: GenBank, GFF3, GTF or BED file of coding regions; of BED's transcripts the
+            coding part, from thickStart to thickEnd.
         test_annotation: such a file of genes for testing, where the split is by gene; null: by
             region.
         kind: features of GenBank, GFF3 or GTF that are coding regions.
@@ -261,10 +268,26 @@ class AnnotatedGenome(DataModule):
     def _read(self, path: str) -> list[Feature]:
         features = read_features(path, self.genome)
         kinds = {feature.kind for feature in features}
-        genes = features if kinds == {""} else joined(features, self.kind)
+        if kinds == {""}:
+            genes = [part for f in features if (part := coding_part(f)) is not None]
+            if not genes:
+                raise ValueError(f"{path} has no coding part: thickStart is thickEnd in every line")
+        else:
+            genes = joined(features, self.kind)
         if not genes:
             raise ValueError(f"{path} has no feature of kind {self.kind}; it has {sorted(kinds)}")
+        self._check_strands(genes)
         return genes
+
+    def _check_strands(self, genes: list[Feature]) -> None:
+        """Raise ValueError for a gene that labels of a strand would leave out."""
+        lost = [g for g in genes if g.strand == "." and g.name not in self.exclude]
+        if lost:
+            raise ValueError(
+                f"{lost[0].where}: {len(lost)} coding regions, {lost[0].name or 'one'} say, are on "
+                "no strand or on both, so that labels of a strand would leave them out; give their "
+                "strand, or name them in data.exclude"
+            )
 
     def _regions_of_parts(self, genes: list[Feature]) -> dict[str, list[Feature]]:
         """Stretches whose labels are known, by part of the data."""

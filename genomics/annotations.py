@@ -4,14 +4,19 @@ BED and narrowPeak count from 0 and exclude the end; GFF3, GTF and GenBank count
 it. All of them become `Feature`, 0-based half-open.
 """
 
+import gzip
+import re
 import warnings
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from itertools import pairwise
 from os import PathLike, fspath
 from typing import IO, Any
 from urllib.parse import unquote
 
 from Bio import BiopythonParserWarning, SeqIO
+from Bio.SeqFeature import AfterPosition, BeforePosition
 
 from mamba2_apps.data import UnreadableInput
 from mamba2_apps.genomics.fasta import MemoryGenome, Record
@@ -71,7 +76,7 @@ def on_genome(features: list[Feature], lengths: Mapping[str, int], what: str) ->
 
 
 def read_bed(path: str | PathLike[str]) -> Iterator[Feature]:
-    """Features of a BED file of 3 to 12 columns; blocks where it has 12."""
+    """Features of a BED file of 3 to 12 columns; blocks where it has 12, thick part from 8 on."""
     for where, fields in read_fields(path, 3, "BED"):
         start, end = _span(fields[1], fields[2], where)
         yield _feature(
@@ -82,6 +87,7 @@ def read_bed(path: str | PathLike[str]) -> Iterator[Feature]:
             score=_score(fields, 4, where),
             strand=_given(fields, 5) or ".",
             blocks=_bed_blocks(fields, start, end, where),
+            attributes=_thick(fields, start, end, where),
             where=where,
         )
 
@@ -112,13 +118,15 @@ def read_narrow_peak(path: str | PathLike[str]) -> Iterator[Feature]:
 
 def read_gff(path: str | PathLike[str]) -> Iterator[Feature]:
     """Lines of a GFF3 or GTF file as features of one block each; ends at an embedded ##FASTA."""
-    for where, fields in read_fields(path, 9, "GFF3 or GTF"):
+    for where, fields in read_fields(path, 9, "GFF3 or GTF", until="##FASTA"):
         first = number(fields[3], int, "start", where)
         last = number(fields[4], int, "end", where)
         if first < 1:
             raise UnreadableInput(f"{where}: start is {first}; GFF and GTF count from 1")
         attributes = _gff_attributes(fields[8], where)
         if fields[7] not in (".", ""):
+            if fields[7] not in ("0", "1", "2"):
+                raise UnreadableInput(f"{where}: phase is {fields[7]!r}, expected 0, 1, 2 or a dot")
             attributes["phase"] = fields[7]
         names = ("Name", "ID", "gene", "gene_id")
         yield _feature(
@@ -137,25 +145,37 @@ def read_gff(path: str | PathLike[str]) -> Iterator[Feature]:
 def read_genbank(path: str | PathLike[str]) -> Iterator[tuple[Record, list[Feature]]]:
     """Each record of a GenBank file with its features, through Biopython.
 
-    A feature that runs over the origin of a circular genome has a block on either side of it.
-    Raises UnreadableInput for a record without features besides its source, or without sequence.
+    A feature that runs over the origin of a circular genome is two, one on either side of it. What
+    lies between two bases is left out, and, with a warning, what lies partly in another record.
+    Raises UnreadableInput for a record without features besides its source, or without sequence, or
+    a name that comes twice.
     """
     records = 0
+    names: set[str] = set()
     try:
         with open_text(path) as text, warnings.catch_warnings():
             warnings.simplefilter("ignore", BiopythonParserWarning)  # older dialects of the header
             for records, entry in enumerate(SeqIO.parse(text, "genbank"), 1):  # noqa: B007
                 where = f"{fspath(path)}: record {entry.id}"
                 contig = entry.name
+                if contig in names:
+                    raise UnreadableInput(
+                        f"{where}: an earlier record is named {contig!r} (LOCUS), too; names must "
+                        "differ"
+                    )
+                names.add(contig)
                 if entry.seq is None or not entry.seq.defined or not len(entry.seq):
                     raise UnreadableInput(
                         f"{where} has no sequence (ORIGIN); fetch the full record"
                     )
                 sequence = check_sequence(str(entry.seq), where)
                 features = [
-                    _from_biopython(f, contig, f"{where}, {f.type} at {f.location}")
+                    feature
                     for f in entry.features
                     if f.type != "source" and f.location is not None
+                    for feature in _from_biopython(
+                        f, contig, len(sequence), f"{where}, {f.type} at {f.location}"
+                    )
                 ]
                 if not features:
                     raise UnreadableInput(
@@ -164,7 +184,7 @@ def read_genbank(path: str | PathLike[str]) -> Iterator[tuple[Record, list[Featu
                 yield Record(contig, sequence, entry.description), features
     except UnreadableInput:
         raise
-    except EOFError as error:
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise truncated(path, 0) from error
     except ValueError as error:
         raise UnreadableInput(f"{fspath(path)}: after record {records}: {error}") from error
@@ -180,21 +200,60 @@ def genbank_genome(path: str | PathLike[str]) -> MemoryGenome:
 def joined(features: Iterable[Feature], kind: str = "CDS") -> list[Feature]:
     """Lines of GFF3 or GTF of one kind, joined by their Parent or transcript_id into features.
 
-    What has no such attribute, or has blocks already, stays as it is.
+    A line of several parents is part of each. What has no such attribute, or has blocks already,
+    stays as it is. The stop codon, which GTF keeps out of CDS and GFF3 does not, is part of it.
     """
     groups: dict[Any, list[Feature]] = {}
+    stops: dict[Any, list[tuple[int, int]]] = {}
     for index, feature in enumerate(features):
-        if feature.kind != kind:
-            continue
-        keys = ("Parent", "transcript_id")
-        parent = next((feature.attributes[k] for k in keys if k in feature.attributes), None)
-        groups.setdefault((feature.contig, parent) if parent else index, []).append(feature)
+        transcript = feature.attributes.get("transcript_id")
+        parents = feature.attributes.get("Parent", transcript or "").split(",")
+        keys = [(feature.contig, parent) if parent else index for parent in parents]
+        for key in keys:
+            if feature.kind == kind:
+                groups.setdefault(key, []).append(feature)
+            elif (kind, feature.kind) == ("CDS", "stop_codon"):
+                stops.setdefault(key, []).extend(feature.blocks)
     whole = []
-    for parts in groups.values():
-        blocks = sorted(block for part in parts for block in part.blocks)
+    for key, parts in groups.items():
+        blocks = [block for part in parts for block in part.blocks]
+        for stop in stops.get(key, ()):
+            blocks = _with_stop(blocks, stop)
+        blocks.sort()
         start, end = blocks[0][0], max(block[1] for block in blocks)
-        whole.append(replace(parts[0], start=start, end=end, blocks=tuple(blocks)))
+        # The one that comes first in its direction, since its phase is that of the whole.
+        first = (
+            max(parts, key=lambda p: p.end)
+            if parts[0].strand == "-"
+            else min(parts, key=lambda p: p.start)
+        )
+        whole.append(replace(first, start=start, end=end, blocks=tuple(blocks)))
     return whole
+
+
+def _with_stop(blocks: list[tuple[int, int]], stop: tuple[int, int]) -> list[tuple[int, int]]:
+    """Blocks of a coding region with (a part of) its stop codon, where they lack it."""
+    if any(start <= stop[0] and stop[1] <= end for start, end in blocks):
+        return blocks
+    beside = [block for block in blocks if stop[0] == block[1] or stop[1] == block[0]]
+    rest = [block for block in blocks if block not in beside]
+    edges = [edge for block in (*beside, stop) for edge in block]
+    return [*rest, (min(edges), max(edges))]
+
+
+def coding_part(feature: Feature) -> Feature | None:
+    """What lies between thickStart and thickEnd of BED, the coding part of a transcript.
+
+    None where that is empty; the feature itself where its file does not tell.
+    """
+    if "thickStart" not in feature.attributes:
+        return feature
+    first, last = (int(feature.attributes[key]) for key in ("thickStart", "thickEnd"))
+    clipped = [(max(start, first), min(end, last)) for start, end in feature.blocks]
+    blocks = tuple((start, end) for start, end in clipped if start < end)
+    if not blocks:
+        return None
+    return replace(feature, start=blocks[0][0], end=max(b for _, b in blocks), blocks=blocks)
 
 
 def write_bed(features: Iterable[Feature], file: IO[str]) -> None:
@@ -231,6 +290,21 @@ def _score(fields: list[str], index: int, where: str) -> float | None:
     return number(text, float, "score", where) if text else None
 
 
+def _thick(fields: list[str], start: int, end: int, where: str) -> dict[str, str]:
+    """thickStart and thickEnd, from 0, where the line has them."""
+    if len(fields) < 8:
+        return {}
+    first, last = (
+        number(fields[i], int, n, where) for i, n in ((6, "thickStart"), (7, "thickEnd"))
+    )
+    if first < last and not start <= first < last <= end:
+        raise UnreadableInput(
+            f"{where}: thickStart is {first} and thickEnd {last}, which is not within {start} to "
+            f"{end}"
+        )
+    return {"thickStart": str(first), "thickEnd": str(last)}
+
+
 def _bed_blocks(fields: list[str], start: int, end: int, where: str) -> tuple[tuple[int, int], ...]:
     if len(fields) < 12:
         return ()
@@ -249,33 +323,77 @@ def _bed_blocks(fields: list[str], start: int, end: int, where: str) -> tuple[tu
 
 
 def _gff_attributes(text: str, where: str) -> dict[str, str]:
-    """`key=value;…` of GFF3, or `key "value"; …` of GTF."""
+    """`key=value;…` of GFF3, or `key "value"; …` of GTF, whose quoted values may hold a semicolon.
+
+    Values of GFF3 are decoded, but Parent's, in which a plain comma separates and %2C does not.
+    """
     attributes = {}
-    for part in text.strip().strip(";").split(";"):
+    is_gtf = "=" not in text.strip().partition(" ")[0]
+    for part in re.findall(r'(?:[^;"]|"[^"]*"|")+', text) if is_gtf else text.split(";"):
         part = part.strip()
         if part in ("", "."):
             continue
-        separator = "=" if "=" in part.partition(" ")[0] else " "
-        key, found, value = part.partition(separator)
+        key, found, value = part.partition(" " if is_gtf else "=")
         if not found:
             raise UnreadableInput(f"{where}: the attribute {part!r} has no value")
-        attributes[key] = unquote(value.strip().strip('"'))
+        value = value.strip().strip('"')
+        attributes[key.strip()] = value if is_gtf or key == "Parent" else unquote(value)
     return attributes
 
 
-def _from_biopython(feature: Any, contig: str, where: str) -> Feature:
+def _from_biopython(feature: Any, contig: str, length: int, where: str) -> list[Feature]:
+    """A feature, two where it runs over the origin, or none where it holds no base of the record.
+
+    `length` is that of the record.
+    """
     location = feature.location
-    blocks = tuple(sorted((int(part.start), int(part.end)) for part in location.parts))
+    if any(part.ref is not None for part in location.parts):
+        warnings.warn(f"{where} lies partly in another record; left out", stacklevel=2)
+        return []
+    parts = [part for part in location.parts if int(part.start) < int(part.end)]
+    if not parts:
+        return []
+    strand: Any = {1: "+", -1: "-"}.get(location.strand, ".")
     qualifiers = {key: values[0] for key, values in feature.qualifiers.items() if values}
+    if qualifiers.get("codon_start") in ("2", "3"):
+        qualifiers["phase"] = str(int(qualifiers["codon_start"]) - 1)
     names = ("gene", "locus_tag", "label", "product")
-    return _feature(
-        contig=contig,
-        start=blocks[0][0],
-        end=max(end for _, end in blocks),
-        strand={1: "+", -1: "-"}.get(location.strand, "."),
-        name=next((qualifiers[key] for key in names if key in qualifiers), ""),
-        kind=feature.type,
-        blocks=blocks,
-        attributes=qualifiers,
-        where=where,
+    # Biopython gives the parts in the feature's own direction.
+    upward = parts[::-1] if strand == "-" else parts
+    open_ends = (BeforePosition, AfterPosition)
+    fuzzy = [isinstance(end, open_ends) for end in (upward[0].start, upward[-1].end)]
+    has_start, has_stop = (not end for end in (fuzzy[::-1] if strand == "-" else fuzzy))
+    blocks = [(int(part.start), int(part.end)) for part in upward]
+    whole: dict[str, Any] = {
+        "contig": contig,
+        "strand": strand,
+        "name": next((qualifiers[key] for key in names if key in qualifiers), ""),
+        "kind": feature.type,
+        "where": where,
+    }
+    origin = _origin(blocks, length)
+    sides = [blocks[:origin], blocks[origin:]] if origin else [blocks]
+    if strand == "-":
+        sides.reverse()
+    found, phase = [], int(qualifiers.get("phase", "0"))
+    for index, side in enumerate(sides):
+        found.append(
+            _feature(
+                **whole,
+                start=min(start for start, _ in side),
+                end=max(end for _, end in side),
+                blocks=tuple(sorted(side)),
+                attributes={**qualifiers, "phase": str(phase)} if phase else qualifiers,
+                has_start=has_start and index == 0,
+                has_stop=has_stop and index == len(sides) - 1,
+            )
+        )
+        phase = (phase - sum(end - start for start, end in side)) % 3
+    return found
+
+
+def _origin(blocks: list[tuple[int, int]], length: int) -> int:
+    """Number of the first block behind the origin of a circle; 0: they do not run over it."""
+    return next(
+        (i for i, (a, b) in enumerate(pairwise(blocks), 1) if a[1] == length and b[0] == 0), 0
     )

@@ -211,7 +211,7 @@ def read_fastq(path: str | PathLike[str]) -> Iterator[Record]:
         with open_text(path) as text:
             for count, (title, sequence, scores) in enumerate(FastqGeneralIterator(text), 1):
                 where = f"{fspath(path)}: read {count} ({title})"
-                name, _, description = title.partition(" ")
+                name, description = _name_of(title)
                 if not sequence:
                     raise UnreadableInput(f"{where} is empty")
                 quality = np.frombuffer(scores.encode("ascii"), np.uint8) - 33
@@ -235,7 +235,7 @@ def is_bgzip(path: str | PathLike[str]) -> bool:
 
 def _name(title: str, names: dict[str, int], line: int, where: str) -> tuple[str, str]:
     """Name and description of a header; a name is noted in `names` and may come once."""
-    name, _, description = title.strip().partition(" ")
+    name, description = _name_of(title)
     if not name:
         raise UnreadableInput(f"{where}: a record without a name, expected such as >chr1")
     if name in names:
@@ -243,6 +243,12 @@ def _name(title: str, names: dict[str, int], line: int, where: str) -> tuple[str
             f"{where}: the name {name!r} was already used at line {names[name]}; names must differ"
         )
     names[name] = line
+    return name, description
+
+
+def _name_of(title: str) -> tuple[str, str]:
+    """The first word of a header, whatever white space ends it, and the rest."""
+    name, description = [*title.split(maxsplit=1), "", ""][:2]
     return name, description.strip()
 
 

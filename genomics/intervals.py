@@ -30,6 +30,9 @@ class Feature:
             They overlap where a frame shifts.
         attributes: what else the file says, by name.
         where: file and line, for messages.
+        has_start: whether it begins at its first base, in its own direction; an incomplete gene
+            (GenBank's < and >) does not.
+        has_stop: whether it ends at its last base.
     """
 
     contig: str
@@ -42,6 +45,8 @@ class Feature:
     blocks: tuple[tuple[int, int], ...] = ()
     attributes: Mapping[str, str] = field(default_factory=dict)
     where: str = ""
+    has_start: bool = True
+    has_stop: bool = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.start < self.end:
@@ -62,6 +67,11 @@ class Feature:
 
     def __len__(self) -> int:
         return self.end - self.start
+
+    @property
+    def phase(self) -> int:
+        """Bases before its first whole codon, which GFF and GenBank's codon_start give."""
+        return int(self.attributes.get("phase", "0"))
 
     @property
     def gaps(self) -> tuple[tuple[int, int], ...]:

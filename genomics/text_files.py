@@ -61,14 +61,18 @@ def truncated(path: str | PathLike[str], line: int) -> UnreadableInput:
 
 
 def read_fields(
-    path: str | PathLike[str], least: int, what: str
+    path: str | PathLike[str], least: int, what: str, until: str | None = None
 ) -> Iterator[tuple[str, list[str]]]:
     """Place (`file:line`) and tab-separated fields of each line that is no comment or empty.
 
-    Raises UnreadableInput, naming the line, where it has fewer than `least` fields.
+    Lines from one on that is `until` are not read. Raises UnreadableInput, naming the line, where
+    it has fewer than `least` fields.
     """
     for number, line in read_lines(path):
-        if not line.strip() or line.startswith(("#", "track", "browser")):
+        if line.rstrip() == until:
+            return
+        words = line.split(maxsplit=1)
+        if not words or line.startswith("#") or words[0] in ("track", "browser"):
             continue
         where, fields = f"{fspath(path)}:{number}", line.split("\t")
         if len(fields) < least:

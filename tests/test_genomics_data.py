@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -253,6 +254,16 @@ def test_labels_lie_at_their_bases():
     np.testing.assert_array_equal(paint([gene()], 15, 30, TARGETS), plus[15:30])
 
 
+def test_codons_begin_at_the_phase_and_incomplete_genes_have_no_start():
+    columns = label_names(TARGETS)
+    part = replace(gene(), attributes={"phase": "2"}, has_stop=False)
+    labels = paint([part], 0, 50, TARGETS)
+    where = {name: np.flatnonzero(labels[:, i]).tolist() for i, name in enumerate(columns)}
+    assert where["codon2+"][0] == 10
+    assert where["codon1+"] == [12, 15, 26, 29, 32, 35, 38]
+    assert where["start+"] == where["stop+"] == []
+
+
 @pytest.fixture
 def annotated(tmp_path):
     sequence = dna(5000)
@@ -342,6 +353,18 @@ def test_a_whole_genome_is_split_by_region(annotated):
             ).setup("fit")
     with pytest.raises(ValueError, match=r"either data\.test_annotation or"):
         AnnotatedGenome(annotation="x", targets=["cds"])
+
+
+def test_genes_of_no_strand_are_refused(annotated):
+    (annotated / "bare.bed").write_text("c\t10\t40\tg\nc\t50\t80\th\n")
+    data = AnnotatedGenome(
+        genome=str(annotated / "g.fa"),
+        annotation=str(annotated / "bare.bed"),
+        targets=["cds"],
+        test_regions=["c:4,001-5,000"],
+    )
+    with pytest.raises(ValueError, match=r"bare\.bed:1: 2 coding regions, g say, are on no strand"):
+        data.setup("fit")
 
 
 def test_text_of_genomes_keeps_held_out_bases_unseen(annotated):

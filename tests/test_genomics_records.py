@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 
 from mamba2_apps.data import UnreadableInput
 from mamba2_apps.genomics.annotations import (
+    coding_part,
+    genbank_genome,
     joined,
     read_bed,
     read_features,
@@ -90,6 +92,7 @@ def test_a_genome_is_read_anywhere(tmp_path, kind):
         ("ACGT\n", "g.fa:1: no FASTA"),
         ("", "holds no FASTA record"),
         (">\nAC\n", "g.fa:1: a record without a name"),
+        (">a x\nAC\n>a\ty\nAC\n", "g.fa:3: the name 'a' was already used at line 1"),
     ],
 )
 def test_a_wrong_fasta_is_named_by_line(tmp_path, text, words):
@@ -122,7 +125,7 @@ def test_a_place_outside_is_named(genome):
 
 
 def test_reads_keep_their_quality(tmp_path):
-    path = write(tmp_path / "r.fastq", "@a x\nACGT\n+\n!I5?\n@b\nGG\n+\nII\n")
+    path = write(tmp_path / "r.fastq", "@a\tx\nACGT\n+\n!I5?\n@b\nGG\n+\nII\n")
     first, second = read_fastq(path)
     assert (first.name, first.sequence, first.description) == ("a", "ACGT", "x")
     assert first.quality.tolist() == [0, 40, 20, 30]
@@ -174,6 +177,103 @@ def test_formats_agree_on_one_place(tmp_path, genome):
     assert place("two", 10, 50) == "two:11-50"
     assert parse_region("two:11-50", genome) == ("two", 10, 50)
     assert parse_region("two", genome) == ("two", 0, 60)
+
+
+def test_gff_as_tools_write_it(tmp_path):
+    """Sequences below ##FASTA, quoted semicolons, several parents, and phases."""
+    path = write(
+        tmp_path / "a.gff3",
+        "##gff-version 3\n"
+        "one\tx\tCDS\t41\t50\t.\t-\t1\tID=c;Parent=t1,t%2C2\n"
+        "one\tx\tCDS\t21\t30\t.\t-\t0\tID=b;Parent=t1\n"
+        "one\tx\tCDS\t1\t9\t.\t-\t2\tID=a;Parent=t1,t%2C2\n"
+        "##FASTA\n>one\nACGT\n",
+    )
+    both, other = joined(read_features(path))
+    assert both.blocks == ((0, 9), (20, 30), (40, 50))
+    assert other.blocks == ((0, 9), (40, 50))
+    assert (both.phase, other.phase) == (1, 1)  # of what comes first on "-"
+    gtf = 'one\tx\tCDS\t1\t9\t.\t+\t0\tgene_id "g"; note "x; y 5%20";transcript_id "t";\n'
+    (feature,) = read_features(write(tmp_path / "a.gtf", gtf))
+    assert feature.attributes["note"] == "x; y 5%20"
+    assert feature.attributes["transcript_id"] == "t"
+    with pytest.raises(UnreadableInput, match=r"a\.gtf:1: phase is '3'"):
+        read_features(write(tmp_path / "a.gtf", gtf.replace("\t0\t", "\t3\t")))
+
+
+@pytest.mark.parametrize(
+    ("stops", "blocks"),
+    [
+        (["28\t30"], ((0, 9), (20, 30))),
+        (["26\t28"], ((0, 9), (20, 28))),  # in CDS already
+        (["28\t28", "31\t32"], ((0, 9), (20, 28), (30, 32))),
+    ],
+)
+def test_the_stop_codon_of_gtf_is_coding(tmp_path, stops, blocks):
+    lines = [("CDS", "1\t9"), ("CDS", "21\t27" if "28" in stops[0][:2] else "21\t28")]
+    lines += [("stop_codon", place) for place in stops]
+    rest = '\t.\t+\t0\tgene_id "g"; transcript_id "t";\n'
+    text = "".join(f"one\tx\t{kind}\t{place}{rest}" for kind, place in lines)
+    (whole,) = joined(read_features(write(tmp_path / "a.gtf", text)))
+    assert whole.blocks == blocks
+
+
+def test_the_thick_part_of_bed_is_coding(tmp_path):
+    line = "one\t0\t90\tg\t0\t+\t{}\t{}\t0\t3\t10,20,10\t0,30,80\n"
+    path = write(tmp_path / "a.bed", line.format(35, 85) + line.format(0, 0))
+    first, second = map(coding_part, read_bed(path))
+    assert (first.start, first.end, first.blocks) == (35, 85, ((35, 50), (80, 85)))
+    assert second is None
+    with pytest.raises(UnreadableInput, match=r"a\.bed:1: thickStart is 35 and thickEnd 95"):
+        list(read_bed(write(path, line.format(35, 95))))
+
+
+def genbank(tmp_path, *locations, name="one", rest=""):
+    features = "".join(f"     CDS             {x}\n{rest}" for x in locations)
+    text = (
+        f"LOCUS       {name}                 60 bp    DNA     circular BCT 01-JAN-2020\n"
+        f"VERSION     {name}.1\nFEATURES             Location/Qualifiers\n{features}ORIGIN\n"
+        f"        1 {' '.join(['acgtacgtac'] * 6)}\n//\n"
+    )
+    return write(tmp_path / "g.gbk", text)
+
+
+@pytest.mark.parametrize(
+    ("location", "expected"),
+    [
+        ("join(50..60,1..10)", [(49, 60, "+", 0, True, False), (0, 10, "+", 1, False, True)]),
+        (
+            "complement(join(50..60,1..10))",
+            [(0, 10, "-", 0, True, False), (49, 60, "-", 2, False, True)],
+        ),
+        ("<1..9", [(0, 9, "+", 0, False, True)]),
+        ("complement(<1..9)", [(0, 9, "-", 0, True, False)]),
+        ("complement(5..>9)", [(4, 9, "-", 0, False, True)]),
+        ("10^11", []),
+    ],
+)
+def test_locations_of_genbank(tmp_path, location, expected):
+    ((_, found),) = read_genbank(genbank(tmp_path, location, "1..60"))
+    assert [
+        (f.start, f.end, f.strand, f.phase, f.has_start, f.has_stop) for f in found[:-1]
+    ] == expected
+
+
+def test_other_things_of_genbank(tmp_path):
+    start = " " * 21 + "/codon_start=3\n"
+    ((_, (feature,)),) = read_genbank(genbank(tmp_path, "2..60", rest=start))
+    assert feature.phase == 2
+    with pytest.warns(UserWarning, match=r"partly in another record; left out"):
+        ((_, found),) = read_genbank(genbank(tmp_path, "join(AB1.1:1..10,5..9)", "1..9"))
+    assert len(found) == 1
+    path = genbank(tmp_path, "1..9")
+    write(path, path.read_text() * 2)
+    with pytest.raises(UnreadableInput, match=r"an earlier record is named 'one' \(LOCUS\)"):
+        genbank_genome(path)
+    data = bytearray(gzip.compress(genbank(tmp_path, "1..9").read_bytes()))
+    data[-6] ^= 1
+    with pytest.raises(UnreadableInput, match="truncated or damaged"):
+        list(read_genbank(write(tmp_path / "g.gbk.gz", bytes(data))))
 
 
 def test_peaks_have_a_summit(tmp_path):
