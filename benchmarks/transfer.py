@@ -34,7 +34,7 @@ TARGETS: dict[str, tuple[str, str, list[str]]] = {
          f"--trainer.max_epochs={epochs}", f"--optimizer.warmup_epochs={epochs / 10}"],
     )
     for labels, images, b, epochs in (
-        ("100", 100, 50, 200), ("1,000", 1000, 125, 60), ("55,000", None, 512, 8),
+        ("100", 100, 50, 200), ("1,000", 1000, 100, 60), ("55,000", None, 512, 8),
     )
 } | {
     "splice": ("dna", "genomics/splice", ["--trainer.max_epochs=20", "--data.fold=0"]),
