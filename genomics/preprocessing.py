@@ -111,6 +111,11 @@ class DNAPreprocessing(Preprocessing):
         from mamba2_apps.genomics.variant_effect import answerer as score_variants
 
         kind = output.suffix.lower() if output is not None else ""
+        if output is not None and kind == ".gz" and output.stem.lower().endswith(self.suffixes):
+            raise ValueError(
+                f"{output}: nothing is written compressed; give {output.stem}, and compress that "
+                "with bgzip"
+            )
         if any(source.lower().endswith(VCF_SUFFIXES) for source in sources):
             return score_variants(self, sources, output)
         if kind == ".png":

@@ -51,7 +51,8 @@ from mamba2_apps.tasks import (
 def allele_windows(genome: Genome, variant: Variant, size: int) -> tuple[str, str, int]:
     """The reference and the alternative window, of one length, and the variant's place in them.
 
-    The length is `size`, or less on a contig that is shorter.
+    The length is `size`, or less on a contig that is shorter. An allele may reach beyond it: a long
+    one, or an insertion at the end of a contig.
     """
     length = genome[variant.contig]
     change = len(variant.alt) - len(variant.ref)
@@ -62,7 +63,8 @@ def allele_windows(genome: Genome, variant: Variant, size: int) -> tuple[str, st
     offset = variant.start - start
     reference = genome.fetch(variant.contig, start, start + size)
     before = genome.fetch(variant.contig, start, variant.start)
-    after = genome.fetch(variant.contig, variant.end, min(start + size + max(-change, 0), length))
+    end = max(min(start + size + max(-change, 0), length), variant.end)
+    after = genome.fetch(variant.contig, variant.end, end)
     return reference, (before + variant.alt + after)[:size], offset
 
 
@@ -124,14 +126,21 @@ class VariantScorer:
 
     @torch.inference_mode()
     def scores(self, variants: Sequence[Variant]) -> list[dict[str, float | None]]:
-        """Scores of each variant by name, None where the model has none for such an allele."""
+        """Scores of each variant by name.
+
+        None where the model has none for such an allele, or the window does not hold all of it.
+        """
+        nothing: dict[str, float | None] = dict.fromkeys(self.descriptions)
+        found = [dict(nothing) for _ in variants]
         windows = [allele_windows(self.genome, variant, self.window) for variant in variants]
         if isinstance(self.task, MaskedReconstruction):
             return [self._hidden_base(v, *w) for v, w in zip(variants, windows, strict=True)]
-        found: list[dict[str, float | None]] = [{} for _ in variants]
         by_length: dict[int, list[int]] = {}
-        for index, (reference, _, _) in enumerate(windows):
-            by_length.setdefault(len(reference), []).append(index)
+        for index, (variant, (reference, _, offset)) in enumerate(
+            zip(variants, windows, strict=True)
+        ):
+            if offset + max(len(variant.ref), len(variant.alt)) <= len(reference):
+                by_length.setdefault(len(reference), []).append(index)
         for indices in by_length.values():
             pairs = [windows[i] for i in indices]
             ours = self._outputs([reference for reference, _, _ in pairs])
@@ -228,11 +237,11 @@ def answerer(
         file = VariantFile(sources[0], reference)
         scored = _scored_lines(scorer, file, at_once)
         if output is None or output.suffix.lower() not in (".vcf", ".tsv"):
-            yield from (row for line, scores in scored for row in _rows(line, scores))
+            yield from (row for line, scores in scored for row in _rows(scorer, line, scores))
             return
         with replacing(output) as partial, partial.open("w", encoding="utf-8") as target:
             if output.suffix.lower() == ".tsv":
-                write_tsv((row for line, s in scored for row in _rows(line, s)), target)
+                write_tsv((row for line, s in scored for row in _rows(scorer, line, s)), target)
                 return
             write_vcf_header(file, scorer.descriptions, target)
             for line, scores in scored:
@@ -257,14 +266,20 @@ def _scored_lines(
             unscored += sum(s is None or None in s.values() for s in found)
             yield line, found
     if unscored:
-        print(f"{file.path}: {unscored} alleles have no score (a dot)", file=sys.stderr)
+        print(
+            f"{file.path}: {unscored} alleles have no score (a dot): they are no bases, reach "
+            "beyond the window, or are insertions or deletions for a masked model",
+            file=sys.stderr,
+        )
 
 
-def _rows(line: VcfLine, scores: list[dict[str, float | None] | None]) -> Iterator[dict[str, Any]]:
+def _rows(
+    scorer: VariantScorer, line: VcfLine, scores: list[dict[str, float | None] | None]
+) -> Iterator[dict[str, Any]]:
     contig, position, name, ref, alts = line.fields[:5]
     for alt, found in zip(alts.split(","), scores, strict=True):
         place = {"contig": contig, "position": int(position), "id": name, "ref": ref, "alt": alt}
-        yield {**place, **(found or {})}
+        yield {**place, **(found or dict.fromkeys(scorer.descriptions))}
 
 
 def _aligned_change(ours: Tensor, theirs: Tensor, offset: int, variant: Variant) -> Tensor:

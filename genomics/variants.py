@@ -118,9 +118,13 @@ class VariantFile:
 
 
 def write_vcf_header(source: VariantFile, scores: Mapping[str, str], file: IO[str]) -> None:
-    """Write a VCF's header with an INFO line for each score, given its description."""
+    """Write a VCF's header with an INFO line for each score, given its description.
+
+    A line of an earlier score of that name goes, as the score does.
+    """
     for line in source.header:
-        file.write(line + "\n")
+        if not line.startswith(tuple(f"##INFO=<ID={name}," for name in scores)):
+            file.write(line + "\n")
     for name, description in scores.items():
         file.write(f'##INFO=<ID={name},Number=A,Type=Float,Description="{description}">\n')
     file.write(source.columns + "\n")
@@ -129,13 +133,21 @@ def write_vcf_header(source: VariantFile, scores: Mapping[str, str], file: IO[st
 def write_vcf_line(
     line: VcfLine, scores: Mapping[str, Sequence[float | None]], file: IO[str]
 ) -> None:
-    """Write a line with its scores, a value per allele, in INFO; None becomes a dot."""
+    """Write a line with its scores, a value per allele, in INFO; None becomes a dot.
+
+    They replace earlier scores of their names.
+    """
     fields = list(line.fields)
+    kept = [
+        entry
+        for entry in fields[7].split(";")
+        if entry not in (".", "") and entry.partition("=")[0] not in scores
+    ]
     added = [
         f"{name}={','.join('.' if v is None else f'{v:.6g}' for v in values)}"
         for name, values in scores.items()
     ]
-    fields[7] = ";".join(([] if fields[7] in (".", "") else [fields[7]]) + added)
+    fields[7] = ";".join(kept + added)
     file.write("\t".join(fields) + "\n")
 
 

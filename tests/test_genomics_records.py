@@ -380,6 +380,10 @@ def test_variants_are_checked_and_written_back(tmp_path, genome):
     again = list(VariantFile(out, genome))
     assert again[0].fields[7] == "S=0.5,-1.25"
     assert again[1].fields[7] == "DP=3;S=2,."
+    third = tmp_path / "again.vcf"
+    with third.open("w") as target:
+        write_vcf_header(VariantFile(out, genome), {"S": "another"}, target)
+    assert third.read_text().count("ID=S,") == 1
     assert again[1].variants == [type(second.variants[0])("two", 2, "GC", "G", f"{out}:5"), None]
 
 

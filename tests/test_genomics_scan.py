@@ -235,6 +235,21 @@ def test_a_variant_scores_the_difference_of_its_alleles():
     np.testing.assert_allclose(list(found.values()), expected.detach(), rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("start", "ref", "alt"),
+    [(999, 1, "AC"), (400, 1, "A" * 70), (400, 35, "A"), (400, 35, "C" * 35)],
+)
+def test_an_allele_beyond_its_window_has_no_score(both, start, ref, alt):
+    variant = Variant("one", start, SEQUENCE[start : start + ref], alt, "v:1")
+    fits = Variant("one", 400, SEQUENCE[400:403], "A", "v:2")
+    for task in (both, task_of(Classification, PooledHead, ["n", "p"])):
+        scorer = VariantScorer(task, DNAPreprocessing(), MemoryGenome(GENOME, "g"), window=60)
+        lost, scored = scorer.scores([variant, fits])
+        assert set(lost.values()) == {None}
+        assert None not in scored.values()
+        assert lost.keys() == scored.keys()
+
+
 def test_log_likelihood_ratios_of_language_models():
     genome = MemoryGenome(GENOME, "g")
     variant = Variant("one", 400, SEQUENCE[400], "A" if SEQUENCE[400] != "A" else "C", "v:1")
@@ -284,20 +299,24 @@ def test_a_vcf_comes_back_annotated(fasta, tmp_path, suffix):
     ref = SEQUENCE[9]
     vcf.write_text(
         "##fileformat=VCFv4.2\n#CHROM\tPOS\tID\tREF\tALT\tQUAL\tFILTER\tINFO\n"
-        f"one\t10\trs\t{ref}\tA{ref},<INS>\t.\t.\t.\n"
+        f"one\t9\t.\t{SEQUENCE[8]}\t<DEL>\t.\t.\tEND=12\n"
+        f"one\t10\trs\t{ref}\tA{ref},<INS>\t.\t.\tDP=1;n_minus=7\n"
     )
     output = tmp_path / f"o{suffix}"
     rows = run_answerer(task, [str(vcf)], output, genome=str(fasta), window=50)
     if suffix == ".csv":
-        assert rows[0]["position"] == 10
-        assert isinstance(rows[0]["p_plus"], float)
+        assert rows[0].keys() == rows[1].keys()
+        assert rows[1]["position"] == 10
+        assert isinstance(rows[1]["p_plus"], float)
     elif suffix == ".vcf":
-        (line,) = VariantFile(output, MemoryGenome(GENOME, "g"))
-        assert line.fields[7].startswith("n_minus=")
+        deleted, line = VariantFile(output, MemoryGenome(GENOME, "g"))
+        assert deleted.fields[7] == "END=12;n_minus=.;p_plus=."
+        assert line.fields[7].startswith("DP=1;n_minus=")
+        assert line.fields[7].count("n_minus") == 1
         assert line.fields[7].endswith(",.")
         assert "ID=p_plus,Number=A" in output.read_text()
     else:
-        header, first, _ = output.read_text().splitlines()
+        header, _, first, _ = output.read_text().splitlines()
         assert header.split("\t")[5:] == ["n_minus", "p_plus"]
         assert first.split("\t")[:5] == ["one", "10", "rs", ref, f"A{ref}"]
     vcf.write_text(vcf.read_text().replace(f"\t{ref}\t", "\tN\t"))
@@ -305,6 +324,8 @@ def test_a_vcf_comes_back_annotated(fasta, tmp_path, suffix):
     with pytest.raises(ValueError, match="REF is N but"):
         run_answerer(task, [str(vcf)], output, genome=str(fasta), window=50)
     assert not list(tmp_path.glob(f"*o{suffix}*"))
+    with pytest.raises(ValueError, match=r"nothing is written compressed; give o\.vcf"):
+        run_answerer(task, [str(vcf)], tmp_path / "o.vcf.gz", genome=str(fasta))
 
 
 # Mutagenesis
