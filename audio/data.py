@@ -20,7 +20,12 @@ from mamba2_apps.audio.augment import Augmentation
 from mamba2_apps.audio.decoding import AUDIO_SUFFIXES, mix_down, read_audio, resample
 from mamba2_apps.audio.features import Features
 from mamba2_apps.audio.manifest import PARTS, Clip, DataReport, Sound, Targets
-from mamba2_apps.audio.preprocessing import FRAME_SECONDS, AudioPreprocessing, ClipDataset
+from mamba2_apps.audio.preprocessing import (
+    FRAME_SECONDS,
+    AudioPreprocessing,
+    ClipDataset,
+    frame_samples,
+)
 from mamba2_apps.data import DataModule, Sample, files_under
 from mamba2_apps.files import write_json
 from mamba2_apps.shards import names_shards
@@ -229,6 +234,11 @@ class AudioData(DataModule):
                 f"model.adapter.features.sample_rate is {features.sample_rate} and "
                 f"data.sample_rate {self.sample_rate}, expected the same"
             )
+        if self.targets == "events" and features.hop != frame_samples(self.sample_rate):
+            raise ValueError(
+                f"model.adapter.features.hop_seconds is {features.hop_seconds}; events have a "
+                f"target for each {FRAME_SECONDS} s, expected that"
+            )
         count, total, squares = 0, torch.zeros((), dtype=torch.float64), torch.zeros(())
         step = -(-len(self.train_set) // STATISTICS_CLIPS)
         for index in range(0, len(self.train_set), step):
@@ -283,6 +293,13 @@ class AudioData(DataModule):
             elif self.targets == "label" and not clip.labels:
                 kind = "files in no class's folder"
                 self._leave_out(report, kind, f"{clip.name}: lies in no folder of a class")
+            elif late := [event for event in clip.events if event.start >= sound.seconds]:
+                self._leave_out(
+                    report,
+                    "events after the end of their file",
+                    f"{clip.name}: {late[0].label} starts at {late[0].start:g} s of "
+                    f"{sound.seconds:.2f} s; expected seconds within the file",
+                )
             elif clip.text is not None and self._speaks_too_fast(clip.text, sound.seconds):
                 self._leave_out(
                     report,
@@ -376,13 +393,22 @@ class AudioData(DataModule):
         parts: dict[str, list[int]],
         report: DataReport,
     ) -> None:
-        """Name equal sounds that are in two parts, or have two labels."""
+        """Name groups, files and equal sounds that are in two parts, or sounds with two labels."""
         part_of = {i: part for part, indices in parts.items() for i in indices}
+        for what in ("group", "file"):
+            found: dict[Any, set[str]] = {}
+            for i, clip in enumerate(clips):
+                name = clip.group if what == "group" else clip.path
+                if name is not None:
+                    found.setdefault(name, set()).add(part_of[i])
+            for name, several in found.items():
+                if len(several) > 1:
+                    self._note(report, f"one {what} in two parts", f"{name}: {sorted(several)}")
         for same in manifest.duplicates(clips, sounds):
             names = ", ".join(clips[i].name for i in same)
-            found = {part_of[i] for i in same}
-            if len(found) > 1:
-                self._note(report, "equal sounds in two parts", f"{names}: {sorted(found)}")
+            several = {part_of[i] for i in same}
+            if len(several) > 1:
+                self._note(report, "equal sounds in two parts", f"{names}: {sorted(several)}")
             if len({(clips[i].labels, clips[i].text) for i in same}) > 1:
                 self._note(report, "equal sounds with different labels", names)
 
@@ -408,15 +434,16 @@ class AudioData(DataModule):
         if self.targets == "label":
             return torch.tensor(place[clip.labels[0]])
         if self.targets == "text":
-            return torch.tensor([place[letter] for letter in clip.text or ""])
+            return torch.tensor([place[letter] for letter in clip.text or ""], dtype=torch.long)
         if self.targets == "labels":
             targets = torch.zeros(len(place))
             targets[[place[label] for label in clip.labels]] = 1
             return targets
-        frames = -(-samples // round(FRAME_SECONDS * self.sample_rate))
-        targets = torch.zeros(frames, len(place))
+        hop = frame_samples(self.sample_rate)
+        targets = torch.zeros(-(-samples // hop), len(place))
         for event in clip.events:
-            first, last = round(event.start / FRAME_SECONDS), round(event.end / FRAME_SECONDS)
+            # In whole samples, as the features step: of 22,050 a second no frame is 10 ms.
+            first, last = (round(t * self.sample_rate / hop) for t in (event.start, event.end))
             targets[first : max(last, first + 1), place[event.label]] = 1
         return targets
 

@@ -15,6 +15,7 @@ Columns of a table, and keys of a shard's KEY.json (a recipe can give others the
 
 import csv
 import json
+import math
 import os
 import warnings
 from collections import Counter, defaultdict
@@ -245,16 +246,22 @@ def split_by_groups(
         classes: of each clip.
         groups: of each clip.
         held_out: part to hold out, about; it is one of round(1 / held_out) folds, or of as many
-            as there are groups.
+            as there are groups, or clips of the most frequent class.
 
-    Raises ValueError where all clips are of one group.
+    Raises ValueError where all clips are of one group, or no class has two.
     """
     if len(set(groups)) < 2:
         raise ValueError(
             f"{len(groups)} clips of one group cannot be split so that no group is on both sides; "
             "give more groups, or the split in a column"
         )
-    folds = min(round(1 / held_out), len(set(groups)))
+    most = max(Counter(classes).values())
+    if most < 2:
+        raise ValueError(
+            f"{len(classes)} clips of as many classes cannot be split; give more clips of a class, "
+            "or the split in a column"
+        )
+    folds = min(round(1 / held_out), len(set(groups)), most)
     splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=0)
     index = np.arange(len(classes))
     names = {value: number for number, value in enumerate(dict.fromkeys(classes))}
@@ -432,7 +439,7 @@ def _clip(path: str, values: Mapping[str, Any], targets: Targets) -> Clip:
         group=_text(values["group"]),
         split=_text(values["split"]),
         fold=_text(values["fold"]),
-        channel=None if values["channel"] in (None, "") else int(values["channel"]),
+        channel=_channel(values["channel"]),
     )
     if targets == "events":
         if label in (None, ""):
@@ -476,9 +483,21 @@ def _number(value: Any, name: str, default: Any) -> Any:
     if value in (None, ""):
         return default
     try:
-        return float(value)
+        seconds = float(value)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name} is {value!r}, expected seconds") from error
+    if not math.isfinite(seconds):
+        raise ValueError(f"{name} is {value!r}, expected seconds; leave it empty for the file's")
+    return seconds
+
+
+def _channel(value: Any) -> int | None:
+    if value in (None, ""):
+        return None
+    try:
+        return int(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"channel is {value!r}, expected an index such as 0") from error
 
 
 def _text(value: Any) -> str | None:

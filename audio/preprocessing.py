@@ -164,11 +164,11 @@ class ClipDataset(Dataset[Sample]):
 
     def _part(self, index: int, total: int, length: int) -> Sample:
         """A random part of a clip of `total` samples, which begins with a frame of the targets."""
-        hop = round(FRAME_SECONDS * self.preprocessing.sample_rate)
+        hop = frame_samples(self.preprocessing.sample_rate)
         first = int(torch.randint((total - length) // hop + 1, ()))
         clip = self.clips[index]
         if self.kept is None:
-            start = clip.start + first * FRAME_SECONDS
+            start = clip.start + first * hop / self.preprocessing.sample_rate
             end = start + length / self.preprocessing.sample_rate
             samples = self.preprocessing(replace(clip, start=start, end=end))
         else:
@@ -182,6 +182,11 @@ class ClipDataset(Dataset[Sample]):
 
     def __len__(self) -> int:
         return len(self.clips)
+
+
+def frame_samples(sample_rate: int) -> int:
+    """Samples from one frame of event targets to the next, as `Features` counts its own."""
+    return int(sample_rate * FRAME_SECONDS)
 
 
 def _padded(targets: Sequence[Tensor]) -> Tensor:

@@ -148,6 +148,33 @@ def test_few_groups_are_held_out_one_at_a_time_and_one_is_named():
         split_by_groups(list("aabb"), list("xxxx"), 0.2)
 
 
+def test_few_clips_of_each_class_are_held_out_one_of_each():
+    _, held = split_by_groups(list("aaabbb"), range(6), 0.2)
+    assert [list("aaabbb")[i] for i in held] == ["a", "b"]
+    with pytest.raises(ValueError, match="4 clips of as many classes cannot be split"):
+        split_by_groups(list("abcd"), range(4), 0.2)
+
+
+def test_a_table_that_divides_groups_or_files_is_told(tmp_path):
+    rows = []
+    for number in range(6):
+        write(tmp_path / f"{number}.wav", seconds=1.0)
+        part = ["train", "val", "test"][number // 2]
+        rows.append(f"{number}.wav,{'ab'[number % 2]},{part},speaker{number % 4},0,0.5")
+    rows.append("5.wav,b,train,speaker1,0.5,1")
+    (tmp_path / "t.csv").write_text("path,label,split,group,start,end\n" + "\n".join(rows) + "\n")
+    data = AudioData(source=str(tmp_path / "t.csv"))
+    data.setup("test")
+    notes = data.data_report.notes
+    assert notes["one group in two parts"] == [
+        "speaker0: ['test', 'train']",
+        "speaker1: ['test', 'train']",
+    ]
+    assert notes["one file in two parts"] == [f"{tmp_path / '5.wav'}: ['test', 'train']"]
+    with pytest.raises(ValueError, match="one group in two parts: speaker0"):
+        AudioData(source=str(tmp_path / "t.csv"), strict=True).setup("test")
+
+
 def test_tags_events_and_texts_become_targets(tmp_path):
     for number in range(8):
         write(tmp_path / f"{number}.wav", seconds=1.0)
@@ -190,6 +217,57 @@ def test_tags_events_and_texts_become_targets(tmp_path):
     assert len(data.data_report.problems["too much text"]) == 3
     batch = data.preprocessing.collate([data.train_set[i] for i in range(3)])
     assert (batch["targets"] == -100).any()
+
+
+def test_a_clip_in_which_nothing_is_said_is_a_clip(tmp_path):
+    for number in range(8):
+        write(tmp_path / f"{number}.wav")
+    rows = "".join(f"{number}.wav,{'' if number % 2 else 'ab'}\n" for number in range(8))
+    (tmp_path / "t.csv").write_text("path,text\n" + rows)
+    data = AudioData(source=str(tmp_path / "t.csv"), targets="text")
+    data.setup("test")
+    samples = [s[i] for s in (data.train_set, data.val_set, data.test_set) for i in range(len(s))]
+    for order in (samples, samples[::-1]):
+        assert sorted(data.preprocessing.collate(order)["targets"].tolist()) == [
+            *[[-100, -100]] * 4,
+            *[[0, 1]] * 4,
+        ]
+    silent = [sample for sample in samples if not len(sample["targets"])]
+    assert data.preprocessing.collate(silent)["targets"].dtype == torch.long
+
+
+def test_events_are_in_the_frames_of_the_features_at_any_rate(tmp_path):
+    from mamba2_apps.audio.models import audio_model
+
+    for number in range(6):
+        write(tmp_path / f"{number}.wav", seconds=30.0, rate=22050)
+    lines = [f"{number}.wav,knock,29.0,29.5" for number in range(6)] + ["0.wav,knock,300,400"]
+    (tmp_path / "t.csv").write_text("path,label,start,end\n" + "\n".join(lines) + "\n")
+    data = AudioData(
+        source=str(tmp_path / "t.csv"), targets="events", sample_rate=22050, crop_seconds=1.0
+    )
+    data.setup("test")
+    (left_out,) = data.data_report.problems["events after the end of their file"]
+    assert "0.wav: knock starts at 300 s of 30.00 s" in left_out
+    heard = torch.nonzero(data.test_set[0]["targets"][:, 0]).flatten() * 220 / 22050
+    assert heard[[0, -1]].tolist() == pytest.approx([29.0, 29.5], abs=0.01)
+    slow = audio_model(1, features={"sample_rate": 22050, "hop_seconds": 0.02})
+    with pytest.raises(ValueError, match=r"hop_seconds is 0\.02; events have a target for each"):
+        data.prepare_model(slow)
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ("a.wav,x,nan,,", "line 2: start is 'nan', expected seconds"),
+        ("a.wav,x,0,inf,", "line 2: end is 'inf', expected seconds"),
+        ("a.wav,x,0,1,left", "line 2: channel is 'left', expected an index"),
+    ],
+)
+def test_a_number_that_is_none_is_named(tmp_path, row, words):
+    (tmp_path / "t.csv").write_text(f"path,label,start,end,channel\n{row}\n")
+    with pytest.raises(ValueError, match=words):
+        read_table(tmp_path / "t.csv", "label")
 
 
 def test_parts_of_files_and_rows_of_a_table_are_chosen(tmp_path):
