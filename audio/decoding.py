@@ -50,8 +50,7 @@ def read_header(path: Source) -> Header:
     if _by_pyav(path):
         samples, rate = read_audio(path)
         return Header(rate, len(samples), samples.shape[1] / rate)
-    with _open(path) as file:
-        _check_promise(path, file)
+    with open_sound(path) as file:
         if file.frames == 0:
             raise UnreadableInput(f"{path}: 0 samples")
         return Header(file.samplerate, file.channels, file.frames / file.samplerate)
@@ -90,6 +89,39 @@ def read_audio(
     return Recording(torch.from_numpy(samples), rate)
 
 
+@contextmanager
+def open_sound(path: Source, *, whole: bool = True) -> Iterator[soundfile.SoundFile]:
+    """A file that soundfile reads, open.
+
+    Raises UnreadableInput for what is none, and, for `whole`, for one that says that it is cut.
+    """
+    with ExitStack() as stack:
+        content = stack.enter_context(_bytes_of(path))
+        try:
+            file = stack.enter_context(soundfile.SoundFile(_given(path, content)))
+        except (soundfile.LibsndfileError, TypeError) as error:
+            cause = "the file is empty" if content.seek(0, 2) == 0 else _cause(error)
+            raise UnreadableInput(f"{path}: not a readable sound file ({cause})") from error
+        if whole:
+            _check_promise(path, file)
+        yield file
+
+
+def blocks(path: Source, file: soundfile.SoundFile, size: int) -> Iterator[np.ndarray]:
+    """A file's samples as (c, up to `size`) float32, in turn.
+
+    Raises UnreadableInput after the last one where the file holds less than it promises.
+    """
+    count = 0
+    try:
+        for block in file.blocks(size, dtype="float32", always_2d=True):
+            count += len(block)
+            yield block.T
+    except soundfile.LibsndfileError as error:
+        raise _undecodable(path, error) from error
+    _check_length(path, count, file.frames)
+
+
 def resample(samples: Tensor, rate: int, new_rate: int) -> Tensor:
     """Samples (..., n) at `rate` to (..., ceil(n · new_rate / rate)) at `new_rate`.
 
@@ -122,20 +154,16 @@ def mix_down(samples: Tensor, channel: int | None, name: Any = "input") -> Tenso
 def _read_soundfile(
     path: Source, start: float, end: float | None, whole: bool
 ) -> tuple[np.ndarray, int]:
-    with _open(path) as file:
-        if whole:
-            _check_promise(path, file)
+    with open_sound(path, whole=whole) as file:
         part = _part(path, start, end, file.samplerate, file.frames)
         promised = part.stop - part.start
         try:
             file.seek(part.start)
             samples = file.read(promised, dtype="float32", always_2d=True)
         except soundfile.LibsndfileError as error:
-            raise UnreadableInput(f"{path}: cannot be decoded ({_cause(error)})") from error
-        if whole and len(samples) < promised:
-            raise UnreadableInput(
-                f"{path}: truncated: {len(samples)} of {promised} samples; fetch the file again"
-            )
+            raise _undecodable(path, error) from error
+        if whole:
+            _check_length(path, len(samples), promised)
         return np.ascontiguousarray(samples.T), file.samplerate
 
 
@@ -156,16 +184,11 @@ def _given(path: Source, content: BinaryIO) -> Any:
     return content if isinstance(path, Entry) else str(path)
 
 
-@contextmanager
-def _open(path: Source) -> Iterator[soundfile.SoundFile]:
-    with ExitStack() as stack:
-        content = stack.enter_context(_bytes_of(path))
-        try:
-            file = stack.enter_context(soundfile.SoundFile(_given(path, content)))
-        except (soundfile.LibsndfileError, TypeError) as error:
-            cause = "the file is empty" if content.seek(0, 2) == 0 else _cause(error)
-            raise UnreadableInput(f"{path}: not a readable sound file ({cause})") from error
-        yield file
+def _check_length(path: Source, found: int, promised: int) -> None:
+    if found < promised:
+        raise UnreadableInput(
+            f"{path}: truncated: {found} of {promised} samples; fetch the file again"
+        )
 
 
 def _check_promise(path: Source, file: soundfile.SoundFile) -> None:
@@ -244,6 +267,10 @@ def _part(path: Source, start: float, end: float | None, rate: int, frames: int)
             f"within its {frames / rate:.3f} s"
         )
     return slice(first, min(last, frames))
+
+
+def _undecodable(path: Source, error: Exception) -> UnreadableInput:
+    return UnreadableInput(f"{path}: cannot be decoded ({_cause(error)})")
 
 
 def _cause(error: Exception) -> str:

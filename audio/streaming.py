@@ -14,13 +14,19 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 import numpy as np
-import soundfile
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mamba2_apps.audio.adapter import KERNEL, FrameTokens, PatchTokens
-from mamba2_apps.audio.decoding import SOUNDFILE_SUFFIXES, mix_down, resampler
+from mamba2_apps.audio.decoding import (
+    PYAV_SUFFIXES,
+    SOUNDFILE_SUFFIXES,
+    blocks,
+    mix_down,
+    open_sound,
+    resampler,
+)
 from mamba2_apps.audio.features import Features
 from mamba2_apps.audio.tasks import EventDetection
 from mamba2_apps.data import UnreadableInput
@@ -68,8 +74,8 @@ class AudioStream:
             raise UnreadableInput(
                 f"the stream has NaN or infinite samples after {self.seconds:.3f} s"
             )
-        self.received += samples.shape[1]
         mono = mix_down(samples, self.preprocessing.channel, "the stream").to(self.device)
+        self.received += samples.shape[1]
         ready = self._resample.push(mono)
         self._heard += len(ready)
         news = self._read(self._tokens.push(self._frames.push(ready)))
@@ -130,7 +136,8 @@ def answer_streams(
 ) -> Iterator[dict[str, Any]]:
     """Answers for each source in turn: "-" is standard input.
 
-    Sound files tell their rate and channels; anything else is raw PCM, interleaved.
+    Sound files tell their rate and channels; anything else is raw PCM, interleaved. What is found
+    to be cut or broken is answered up to there, then UnreadableInput is raised.
 
     Args:
         task: of a RUN.
@@ -145,10 +152,17 @@ def answer_streams(
     if channels < 1 or (rate is not None and rate < 1):
         raise ValueError(f"--rate is {rate} and --channels {channels}, expected at least 1")
     for source in sources:
-        if Path(source).suffix.lower() in SOUNDFILE_SUFFIXES:
-            with soundfile.SoundFile(source) as file:
+        suffix = Path(source).suffix.lower()
+        if suffix in PYAV_SUFFIXES:
+            raise ValueError(
+                f"{source}: a stream is raw PCM or one of {', '.join(SOUNDFILE_SUFFIXES)}; leave "
+                "out --stream, or convert the file"
+            )
+        if suffix in SOUNDFILE_SUFFIXES:
+            with open_sound(source) as file:
                 heard = AudioStream(task, preprocessing, file.samplerate)
-                yield from _answers(heard, _blocks(file), source)
+                size = max(1, round(CHUNK_SECONDS * file.samplerate))
+                yield from _answers(heard, blocks(source, file, size), source)
             continue
         pcm_rate = rate or preprocessing.sample_rate
         with ExitStack() as stack:
@@ -437,12 +451,6 @@ def _check_can_stream(model: Any, preprocessing: Any) -> None:
         )
 
 
-def _blocks(file: soundfile.SoundFile) -> Iterator[np.ndarray]:
-    size = max(1, round(CHUNK_SECONDS * file.samplerate))
-    for block in file.blocks(size, dtype="float32", always_2d=True):
-        yield block.T
-
-
 def _answers(
     heard: AudioStream, chunks: Iterable[np.ndarray], source: str
 ) -> Iterator[dict[str, Any]]:
@@ -454,7 +462,9 @@ def _answers(
                 yield {"input": name, **answer}
     except UnreadableInput as error:
         wrong = error
-    if heard.received or wrong is None:
+    if heard.received:
         yield {"input": name, **heard.finish()}
+    elif wrong is None:
+        raise UnreadableInput(f"{name}: 0 samples")
     if wrong is not None:
         raise wrong

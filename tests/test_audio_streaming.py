@@ -208,3 +208,28 @@ def test_what_cannot_stream_says_why():
         heard.finish()
     with pytest.raises(UnreadableInput, match=r"NaN or infinite samples after 0\.000 s"):
         heard.push([float("nan")])
+
+
+def test_a_source_that_is_no_stream_is_named(tmp_path):
+    import soundfile
+
+    task, preprocessing = make_task(*CASES["tags"]), AudioPreprocessing(sample_rate=16000)
+    options = {"rate": None, "sample_format": "s16le", "channels": 1}
+    whole = tmp_path / "whole.flac"
+    soundfile.write(whole, wave(48000)[0].numpy(), 16000)
+    for name, content, words in (
+        ("absent.wav", None, r"absent\.wav: does not exist"),
+        ("text.wav", b"no sound", r"text\.wav: not a readable sound file"),
+        ("film.m4a", b"0" * 4000, r"film\.m4a: a stream is raw PCM or one of \.wav"),
+        ("none.raw", b"", r"none\.raw: 0 samples"),
+        ("cut.flac", whole.read_bytes()[:20000], r"cut\.flac: (truncated|cannot be decoded)"),
+    ):
+        path = tmp_path / name
+        if content is not None:
+            path.write_bytes(content)
+        with pytest.raises(ValueError, match=words):
+            list(answer_streams(task, preprocessing, [str(path)], **options))
+    (tmp_path / "mono.raw").write_bytes(b"0" * 4000)
+    right = AudioPreprocessing(sample_rate=16000, channel=1)
+    with pytest.raises(UnreadableInput, match="channel 1 was asked for, it has 1"):
+        list(answer_streams(task, right, [str(tmp_path / "mono.raw")], **options))
