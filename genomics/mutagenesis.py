@@ -15,7 +15,15 @@ from torch import Tensor
 from mamba2_apps.files import replacing
 from mamba2_apps.genomics.preprocessing import DNAPreprocessing
 from mamba2_apps.genomics.sequences import BASES
-from mamba2_apps.tasks import Task, TokenClassification, TokenMultiLabel, TrackRegression
+from mamba2_apps.tasks import (
+    Classification,
+    MultiLabel,
+    Regression,
+    Task,
+    TokenClassification,
+    TokenMultiLabel,
+    TrackRegression,
+)
 
 MOST_BASES = 5000
 """A picture of more would show nothing."""
@@ -38,26 +46,19 @@ def mutagenesis_map(
         task: a RUN's task, over base tokens.
         ids: (l,) base ids.
         output: index of the label; logits of classes, values of regression.
-        position: token whose answer is meant, for models that answer for each base.
+        position: token whose answer is meant, for models that answer for each base or bin.
         start: first base to change.
         end: the base after the last; None: all.
         at_once: sequences per batch.
 
-    Raises ValueError where a position is missing, or not needed.
+    Raises ValueError where a position is missing, or not needed, or the task has no such outputs.
     """
-    along = isinstance(task, TokenClassification | TokenMultiLabel | TrackRegression)
-    if along != (position is not None):
-        raise ValueError(
-            "this model answers for each base: say which one's answer is meant (position)"
-            if along
-            else "this model answers once for a sequence: leave out position"
-        )
+    _check_position(task, position)
     end = len(ids) if end is None else end
     task.eval()
 
     def answers(batch: Tensor) -> Tensor:
-        outputs = task.model(batch.to(task.device)).float()
-        return (outputs[:, position] if along else outputs)[:, output].cpu()
+        return _outputs(task, batch, position)[:, output].cpu()
 
     reference = answers(ids[None])
     places = [(at, base) for at in range(start, end) for base in range(4) if ids[at] != base]
@@ -93,10 +94,12 @@ def draw_map(
     )
     figure.colorbar(image, ax=[top, bottom], label="change of the output", pad=0.01)
     own = [(i, BASES.index(c)) for i, c in enumerate(sequence.upper()) if c in BASES]
-    top.scatter(*zip(*own, strict=True), s=4, color="black", linewidths=0)
+    if own:
+        top.scatter(*zip(*own, strict=True), s=4, color="black", linewidths=0)
     top.set_yticks(range(4), list(BASES))
     top.set_title(title)
-    mean = changes.sum(1) / 3
+    # A base has three substitutions; what is none of the four has one more.
+    mean = changes.sum(1) / np.array([3 if c in BASES else 4 for c in sequence.upper()])
     bottom.bar(range(length), mean, width=1.0, color="#4878a8")
     bottom.axhline(0, color="black", lw=0.5)
     bottom.set(ylabel="mean", xlabel="base")
@@ -158,6 +161,7 @@ def answerer(
         if label is not None and label not in task.labels:
             raise ValueError(f"--label is {label!r}, expected one of {', '.join(task.labels)}")
         at = None if position is None else position - 1
+        _check_position(task, at)
         index = _likeliest(task, ids, at) if label is None else task.labels.index(label)
         changes = mutagenesis_map(
             task, ids, output=index, position=at, start=start, end=end, at_once=at_once
@@ -170,7 +174,28 @@ def answerer(
     return answer
 
 
+def _check_position(task: Task, position: int | None) -> None:
+    """Raises ValueError where a position is missing, or not needed, or the task has no labels."""
+    along = isinstance(task, TokenClassification | TokenMultiLabel | TrackRegression)
+    if not along and not isinstance(task, Classification | MultiLabel | Regression):
+        raise ValueError(f"a RUN of {type(task).__name__} has no labels, whose change a map shows")
+    if along != (position is not None):
+        raise ValueError(
+            "this model answers for each base: say which one's answer is meant (position)"
+            if along
+            else "this model answers once for a sequence: leave out position"
+        )
+
+
+def _outputs(task: Task, ids: Tensor, position: int | None) -> Tensor:
+    """Logits, or values of regression, (b, k): of inputs, or of the base or bin at a position."""
+    outputs = task.model(ids.to(task.device)).float()
+    if isinstance(task, Regression):
+        outputs = task.values(outputs)
+    bin_size = getattr(task.model.head, "bin_size", 1)  # type: ignore[union-attr]
+    return outputs if position is None else outputs[:, position // bin_size]
+
+
 @torch.inference_mode()
 def _likeliest(task: Task, ids: Tensor, position: int | None) -> int:
-    outputs = task.model(ids[None].to(task.device))[0]
-    return int((outputs if position is None else outputs[position]).argmax())
+    return int(_outputs(task, ids[None], position)[0].argmax())

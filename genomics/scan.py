@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,13 +29,19 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from mamba2_apps.data import UnreadableInput
 from mamba2_apps.files import replacing, write_json
 from mamba2_apps.genomics.annotations import write_bed
 from mamba2_apps.genomics.fasta import Genome, MemoryGenome
-from mamba2_apps.genomics.intervals import Feature, parse_region
+from mamba2_apps.genomics.intervals import Feature, parse_region, place
 from mamba2_apps.genomics.orfs import check_codon_labels, decode_orfs
 from mamba2_apps.genomics.preprocessing import DNAPreprocessing, open_sequences
-from mamba2_apps.genomics.tracks import BEDGRAPH_SUFFIXES, BIGWIG_SUFFIXES, TrackWriter
+from mamba2_apps.genomics.tracks import (
+    BEDGRAPH_SUFFIXES,
+    BIGWIG_SUFFIXES,
+    TrackWriter,
+    big_wig_library,
+)
 from mamba2_apps.tasks import (
     NextToken,
     Regression,
@@ -256,7 +263,7 @@ def answerer(
 
         Args:
             task: answers for each base.
-            region: such as chr2R:1-1,000,000; all contigs where it is not given.
+            region: such as chr2R:1-1,000,000, in any order; all contigs where it is not given.
             label: of which labels to write; all where it is not given.
             window: bases computed at once.
             overlap: bases that a bidirectional model sees on either side of them.
@@ -270,7 +277,7 @@ def answerer(
         if decode not in (None, "orfs"):
             raise ValueError(f"--decode is {decode!r}, expected orfs")
         genome = open_sequences(sources[0])
-        regions = [parse_region(text, genome) for text in region or list(genome)]
+        regions = _in_order([parse_region(text, genome) for text in region or list(genome)], genome)
         scan = Scan(task, genome, regions, window, overlap, preprocessing.tokens.encode)
         if stream and not scan.causal:
             raise ValueError(
@@ -280,6 +287,8 @@ def answerer(
         columns = _columns(scan.labels, label)
         suffix = "" if output is None else output.suffix.lower()
         is_track = suffix in (*BEDGRAPH_SUFFIXES, *BIGWIG_SUFFIXES)
+        if suffix in BIGWIG_SUFFIXES:
+            big_wig_library()  # raises before anything is computed
         _check_answers(scan, decode, is_track)
         with _parts_folder(output) as folder:
             parts = Parts(folder, _fingerprint(scan, sources[0]), scan)
@@ -295,6 +304,19 @@ def answerer(
                 yield from (_row(feature) for feature in rows)
 
     return answer
+
+
+def _in_order(regions: list[tuple[str, int, int]], genome: Genome) -> list[tuple[str, int, int]]:
+    """Regions in the order of the genome, as tracks need them. Raises ValueError for an overlap."""
+    order = {contig: number for number, contig in enumerate(genome)}
+    regions = sorted(regions, key=lambda r: (order[r[0]], *r[1:]))
+    for one, other in pairwise(regions):
+        if one[0] == other[0] and other[1] < one[2]:
+            raise ValueError(
+                f"--region has {place(*one)} and {place(*other)}, which overlap; a track has one "
+                "value for a base"
+            )
+    return regions
 
 
 class Parts:
@@ -368,7 +390,8 @@ class Parts:
 def _parts_folder(output: Path | None) -> Iterator[Path]:
     """A folder beside the output, which goes once that is written and stays when interrupted.
 
-    Rows for standard output cannot go on where they were: their folder is a temporary one.
+    It goes, too, where the genome cannot be read: the mended one is another. Rows for standard
+    output cannot go on where they were: their folder is a temporary one.
     """
     if output is None:
         with tempfile.TemporaryDirectory(prefix="mamba2-apps-") as name:
@@ -380,6 +403,9 @@ def _parts_folder(output: Path | None) -> Iterator[Path]:
     except KeyboardInterrupt:
         print(f"interrupted; the same command goes on from {folder}", file=sys.stderr)
         raise
+    except UnreadableInput:
+        shutil.rmtree(folder)
+        raise
     shutil.rmtree(folder)
 
 
@@ -390,7 +416,8 @@ def _fingerprint(scan: Scan, source: str) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().float().cpu().numpy().tobytes())
     stat = Path(source).stat()
-    digest.update(repr((list(scan.regions), scan.window, scan.overlap, stat.st_size)).encode())
+    options = list(scan.regions), scan.window, scan.overlap, stat.st_size, stat.st_mtime_ns
+    digest.update(repr(options).encode())
     return digest.hexdigest()
 
 
@@ -439,10 +466,21 @@ def _write_tracks(parts: Parts, columns: dict[str, int], output: Path) -> None:
 
 
 def _segments(parts: Parts, columns: dict[str, int], threshold: float) -> Iterator[Feature]:
-    """Runs of bases with a label, across pieces; the score is the mean probability × 1000."""
-    one_class = isinstance(parts.scan.task, TokenClassification)
+    """Runs of bases with a label, across pieces, in the order of the genome.
+
+    The score is the mean probability × 1000.
+    """
+    for _, pieces in groupby(parts, key=lambda piece: piece.contig):
+        runs = _runs(pieces, columns, threshold, isinstance(parts.scan.task, TokenClassification))
+        yield from sorted(runs, key=lambda f: (f.start, f.end))
+
+
+def _runs(
+    pieces: Iterator[Piece], columns: dict[str, int], threshold: float, one_class: bool
+) -> Iterator[Feature]:
+    """The runs of one contig, each label's in order."""
     runs: dict[str, tuple[str, int, int, float]] = {}
-    for piece in parts:
+    for piece in pieces:
         chosen = piece.values.argmax(1) if one_class else None
         for label, column in columns.items():
             if one_class and label == NOTHING:
@@ -454,7 +492,7 @@ def _segments(parts: Parts, columns: dict[str, int], threshold: float) -> Iterat
                 total = float(scores[first:last].sum())
                 run = (piece.contig, piece.start + first, piece.start + last, total)
                 earlier = runs.get(label)
-                if earlier is not None and earlier[0] == run[0] and earlier[2] == run[1]:
+                if earlier is not None and earlier[2] == run[1]:
                     run = (run[0], earlier[1], run[2], earlier[3] + total)
                 elif earlier is not None:
                     yield _feature(label, *earlier)

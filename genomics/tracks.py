@@ -40,8 +40,13 @@ def read_track(
         try:
             names = reconcile_contigs(file.chroms(), lengths, fspath(path))
             own = next((name for name, known in names.items() if known == contig), None)
-            if own is not None:
-                values[:] = file.values(own, start, min(end, file.chroms(own)), numpy=True)
+            if own is not None and file.chroms(own) != lengths[contig]:
+                raise UnreadableInput(
+                    f"{fspath(path)}: {own} has {file.chroms(own):,} bases, but {contig} of the "
+                    f"genome {lengths[contig]:,}; is it of another assembly?"
+                )
+            if own is not None and file.header()["nBasesCovered"]:
+                values[:] = file.values(own, start, end, numpy=True)
         finally:
             file.close()
         return values
@@ -182,14 +187,19 @@ def _declaration(words: list[str], where: str) -> dict[str, Any]:
     return {"kind": words[0], "chrom": given["chrom"], "next": numbers["start"] - 1, **numbers}
 
 
-def _big_wig(path: str | PathLike[str], mode: str) -> Any:
+def big_wig_library() -> Any:
+    """pyBigWig. Raises ValueError that says how to install it."""
     try:
         import pyBigWig
     except ImportError as error:
         raise ValueError(
             "bigWig needs pyBigWig: pip install 'mamba2-apps[genomics]', or write .bedgraph"
         ) from error
+    return pyBigWig
+
+
+def _big_wig(path: str | PathLike[str], mode: str) -> Any:
     try:
-        return pyBigWig.open(fspath(path), mode)
+        return big_wig_library().open(fspath(path), mode)
     except RuntimeError as error:
         raise UnreadableInput(f"{fspath(path)} cannot be opened as bigWig ({error})") from error

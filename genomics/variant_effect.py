@@ -105,6 +105,12 @@ class VariantScorer:
             )
         if (self.along or isinstance(task, MaskedReconstruction)) and self.tokens.kind != "base":
             raise ValueError(f"a score for each base needs base tokens, not {self.tokens.kind}")
+        bin_size = getattr(task.model.head, "bin_size", 1)  # type: ignore[union-attr]
+        if bin_size > 1:
+            raise ValueError(
+                f"the head answers for bins of {bin_size} bases, which an insertion or deletion "
+                "shifts; a score needs an answer for each base"
+            )
         self.descriptions = self._describe()
 
     def _describe(self) -> dict[str, str]:

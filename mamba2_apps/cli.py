@@ -270,7 +270,8 @@ def _predict(arguments: argparse.Namespace) -> int:
     if arguments.top_k is not None:
         words.append(f"--top-k={arguments.top_k}")
     answers = answerer(model.task, **_options_of(answerer, words))
-    if arguments.output is not None and arguments.output.suffix in model.preprocessing.suffixes:
+    suffix = arguments.output.suffix.lower() if arguments.output is not None else ""
+    if suffix and suffix in model.preprocessing.suffixes:
         for _ in answers:
             pass  # the answerer writes the file itself
         return 0

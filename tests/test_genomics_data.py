@@ -484,8 +484,8 @@ def test_genes_are_trained_and_a_genome_is_predicted_on_the_command_line(
     leakage = json.loads(Path("genes/leakage.json").read_text())
     assert leakage["test"]["overlapping_train"] == 0
     options = ["--window=1000", "--overlap", "100", "--threshold", "0.0001", "--label=[intron+]"]
-    assert main(["predict", "genes", "g.fa", "--output", "o.bed", *options]) == 0
-    (feature,) = read_bed("o.bed")  # nothing is below such a threshold
+    assert main(["predict", "genes", "g.fa", "--output", "o.BED", *options]) == 0
+    (feature,) = read_bed("o.BED")  # nothing is below such a threshold
     assert (feature.start, feature.end, feature.strand, feature.name) == (0, 5000, "+", "intron")
     assert main(["predict", "genes", "g.fa", "--output", "o.bedgraph", "--labels=x"]) == 2
     assert "--label" in capsys.readouterr().err

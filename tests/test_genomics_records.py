@@ -435,6 +435,19 @@ def test_tracks_come_back_whatever_the_pieces(tmp_path, kind):
         assert b"one\t40\t90\t0.1235\n" in files[0]
 
 
+def test_a_big_wig_of_another_assembly_is_refused(tmp_path):
+    pytest.importorskip("pyBigWig")
+    path = tmp_path / "x.bw"
+    with TrackWriter(path, {"one": 50}, ".bw") as writer:
+        writer.add("one", 0, np.ones(5))
+    for length in (40, 60):
+        with pytest.raises(UnreadableInput, match=rf"x\.bw: one has 50 bases, but .* {length}; is"):
+            read_track(path, {"one": length}, "one", 0, 30)
+    with TrackWriter(path, {"one": 50}, ".bw") as writer:
+        writer.add("one", 0, np.full(5, np.nan))
+    assert np.isnan(read_track(path, {"one": 50}, "one", 0, 30)).all()
+
+
 def test_wiggle_counts_from_1(tmp_path):
     path = write(
         tmp_path / "x.wig",

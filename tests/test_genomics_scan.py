@@ -1,6 +1,7 @@
 """Chromosome prediction, variant effect, mutagenesis and reading frames."""
 
 import json
+import os
 from functools import partial
 
 import numpy as np
@@ -24,14 +25,16 @@ from mamba2_apps.genomics.tokenizers import BaseTokenizer
 from mamba2_apps.genomics.tracks import read_track
 from mamba2_apps.genomics.variant_effect import VariantScorer, allele_windows
 from mamba2_apps.genomics.variants import Variant, VariantFile
-from mamba2_apps.heads import LanguageModelHead, PooledHead, TokenHead
+from mamba2_apps.heads import LanguageModelHead, PooledHead, TokenHead, TrackHead
 from mamba2_apps.tasks import (
     Classification,
     MaskedReconstruction,
     NextToken,
     OptimizerConfig,
+    Regression,
     TokenClassification,
     TokenMultiLabel,
+    TrackRegression,
 )
 
 RNG = np.random.default_rng(0)
@@ -139,6 +142,42 @@ def test_tracks_are_written_and_an_interrupted_scan_goes_on(causal, fasta, tmp_p
     for name, text in GENOME.items():
         values = read_track(output, {n: len(t) for n, t in GENOME.items()}, name, 0, len(text))
         np.testing.assert_allclose(values, one_pass(causal, text)[:, 0], rtol=1e-3)
+
+
+def test_regions_are_written_in_the_order_of_the_genome(causal, both, fasta, tmp_path):
+    pytest.importorskip("pyBigWig")
+    lengths = {n: len(t) for n, t in GENOME.items()}
+    regions = ["two:1-50", "one:601-700", "one:101-200"]
+    run_answerer(causal, [str(fasta)], tmp_path / "o.bw", region=regions, label=["a"])
+    values = read_track(tmp_path / "o.bw", lengths, "one", 0, 1000)
+    assert np.flatnonzero(~np.isnan(values)).tolist() == [*range(100, 200), *range(600, 700)]
+    run_answerer(both, [str(fasta)], tmp_path / "o.bed", region=regions)
+    places = [(f.contig, f.start) for f in read_bed(tmp_path / "o.bed")]
+    assert len({f.name for f in read_bed(tmp_path / "o.bed")}) == 2
+    assert places == sorted(places)
+    with pytest.raises(ValueError, match="one:1-9 and one:9-20, which overlap"):
+        run_answerer(both, [str(fasta)], tmp_path / "p.bw", region=["one:9-20", "one:1-9"])
+    assert {p.name for p in tmp_path.iterdir()} == {"g.fa", "o.bw", "o.bed"}
+
+
+def test_a_scan_of_a_changed_or_damaged_genome_does_not_go_on(causal, fasta, tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    output = tmp_path / "o.bedgraph"
+    monkeypatch.setattr(scanning, "_report", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run_answerer(causal, [str(fasta)], output, label=["a"])
+    text, stat = fasta.read_text(), fasta.stat()
+    fasta.write_text(text.replace("ACG", "ACC", 1))  # of the same size
+    os.utime(fasta, ns=(stat.st_atime_ns, stat.st_mtime_ns + 10**9))
+    with pytest.raises(ValueError, match="an interrupted scan of other options, another model or"):
+        run_answerer(causal, [str(fasta)], output, label=["a"])
+    (tmp_path / "i.fa").write_text(">one\nACGTACGE\n")
+    (tmp_path / "i.fa.fai").write_text("one\t8\t5\t8\t9\n")
+    with pytest.raises(ValueError, match="'E' is no IUPAC code"):
+        run_answerer(causal, [str(tmp_path / "i.fa")], tmp_path / "i.bedgraph", label=["a"])
+    assert not list(tmp_path.glob("*i.bedgraph*"))
 
 
 def test_a_region_and_several_labels_in_big_wig(causal, fasta, tmp_path):
@@ -350,8 +389,30 @@ def test_a_mutagenesis_map_is_each_substitution_alone(both, tmp_path, fasta):
     output = tmp_path / "map.png"
     run_answerer(pooled, [f"{fasta}#two"], output, first=10, last=60)
     assert output.stat().st_size > 5000
+    language = task_of(NextToken, LanguageModelHead, [], bidirectional=False)
+    with pytest.raises(ValueError, match="a RUN of NextToken has no labels"):
+        run_answerer(language, [f"{fasta}#two"], output)
+    fasta.write_text(">n\nNNNN\n")
+    run_answerer(pooled, [f"{fasta}#n"], output)
+    fasta.write_text(">n\nNNNN\n>m\nNN\n")
     with pytest.raises(ValueError, match="2 sequences; a picture shows one"):
         run_answerer(pooled, [str(fasta)], output)
+
+
+def test_maps_and_variants_of_tracks_in_bins():
+    ids = BaseTokenizer().encode(SEQUENCE[:12])
+    tracks = task_of(TrackRegression, partial(TrackHead, bin_size=4), ["t"])
+    changes = mutagenesis_map(tracks, ids, output=0, position=9, start=3, end=4)
+    mutant = ids.clone()
+    mutant[3] = 0 if ids[3] else 1
+    expected = (tracks.model(mutant[None]) - tracks.model(ids[None]))[0, 2, 0]
+    assert changes[0, mutant[3]] == pytest.approx(expected.item(), abs=1e-6)
+    with pytest.raises(ValueError, match="answers for bins of 4 bases"):
+        VariantScorer(tracks, DNAPreprocessing(), MemoryGenome(GENOME, "g"))
+    counts = task_of(partial(Regression, loss_name="poisson"), PooledHead, ["c"])
+    changes = mutagenesis_map(counts, ids, output=0, start=3, end=4)
+    expected = (counts.model(mutant[None]).exp() - counts.model(ids[None]).exp())[0, 0]
+    assert changes[0, mutant[3]] == pytest.approx(expected.item(), abs=1e-6)
 
 
 # Reading frames
