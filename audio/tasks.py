@@ -11,32 +11,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
-from torchmetrics.classification import BinaryEER, MultilabelAUROC, MultilabelEER
+from torchmetrics.classification import BinaryEER
+from torchmetrics.functional.classification import binary_auroc, binary_eer
 
 from mamba2_apps.heads import CTCHead
-from mamba2_apps.tasks import CTC, MultiLabel, OptimizerConfig, TokenMultiLabel
+from mamba2_apps.tasks import CTC, LabelMean, MultiLabel, OptimizerConfig, TokenMultiLabel
 
 
-class DPrime(MultilabelAUROC):
-    """d′ = √2 Φ⁻¹(AUC), the mean over the labels (Hershey et al. 2017).
+def d_prime(scores: Tensor, targets: Tensor) -> Tensor:
+    """d′ = √2 Φ⁻¹(AUC) of scores (n,) for targets (n,) of 0 and 1 (Hershey et al. 2017).
 
     An AUC of 1 counts as that of the largest float32 below.
     """
-
-    def __init__(self, num_labels: int) -> None:
-        super().__init__(num_labels, average="none")
-
-    def compute(self) -> Tensor:  # type: ignore[override]
-        tiny = torch.finfo(torch.float32).eps
-        area = super().compute().clamp(tiny, 1 - tiny)
-        return (math.sqrt(2) * torch.special.ndtri(area)).mean()
-
-
-class MeanEER(MultilabelEER):
-    """Equal error rate, the mean over the labels."""
-
-    def compute(self) -> Tensor:  # type: ignore[override]
-        return super().compute().mean()
+    tiny = torch.finfo(torch.float32).eps
+    area = binary_auroc(scores, targets).clamp(tiny, 1 - tiny)
+    return math.sqrt(2) * torch.special.ndtri(area)
 
 
 class SegmentF1(Metric):
@@ -68,13 +57,15 @@ class SegmentF1(Metric):
 
 
 class Tagging(MultiLabel):
-    """Any number of tags per clip: mean average precision, AUC, d′ and equal error rate."""
+    """Any number of tags per clip: mean average precision, AUC, d′ and equal error rate, each the
+    mean over the tags that some clips have and others have not.
+    """
 
     def build_metrics(self, part: str) -> dict[str, Metric]:
         metrics = super().build_metrics(part)
         if part == "test":
-            metrics["d_prime"] = DPrime(len(self.labels))
-            metrics["eer"] = MeanEER(len(self.labels))
+            metrics["d_prime"] = LabelMean(d_prime)
+            metrics["eer"] = LabelMean(binary_eer)
         return metrics
 
 

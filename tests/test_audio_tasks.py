@@ -7,20 +7,19 @@ import numpy as np
 import pytest
 import torch
 from sklearn.metrics import average_precision_score, roc_auc_score
-from torchmetrics.classification import MultilabelAUROC
 
 from mamba2_apps.audio.adapter import FrameTokens, PatchTokens
 from mamba2_apps.audio.features import Features
 from mamba2_apps.audio.tasks import (
-    DPrime,
     EventDetection,
     SegmentF1,
     Tagging,
     Transcription,
+    d_prime,
 )
 from mamba2_apps.backbone import BackboneConfig
 from mamba2_apps.heads import CTCHead, PooledHead, TokenHead, TrackHead
-from mamba2_apps.tasks import OptimizerConfig, SequenceModel
+from mamba2_apps.tasks import LabelMean, OptimizerConfig, SequenceModel
 
 FEATURES = partial(Features, 16000, num_mels=32)
 ADAPTERS = {
@@ -38,16 +37,15 @@ def test_d_prime_is_that_of_the_area_under_the_curve():
     generator = np.random.default_rng(0)
     targets = generator.integers(0, 2, (200, 3))
     scores = 1 / (1 + np.exp(-(targets + generator.standard_normal((200, 3)))))
-    metric = DPrime(3)
+    metric = LabelMean(d_prime)
     metric.update(torch.from_numpy(scores), torch.from_numpy(targets))
     areas = [roc_auc_score(targets[:, k], scores[:, k]) for k in range(3)]
     normal = torch.distributions.Normal(0, 1)
     expected = np.mean([math.sqrt(2) * normal.icdf(torch.tensor(a)).item() for a in areas])
     assert metric.compute().item() == pytest.approx(expected, rel=1e-4)
-    perfect = DPrime(3)
+    perfect = LabelMean(d_prime)
     perfect.update(torch.from_numpy(targets).float(), torch.from_numpy(targets))
     assert torch.isfinite(perfect.compute())
-    assert isinstance(metric, MultilabelAUROC)
 
 
 def test_tagging_reports_mean_average_precision_and_equal_error_rate():
@@ -62,6 +60,32 @@ def test_tagging_reports_mean_average_precision_and_equal_error_rate():
     assert found["average_precision"].item() == pytest.approx(expected, rel=1e-4)
     assert 0 < found["eer"] < 0.35
     assert found["d_prime"] > 1
+
+
+def test_tags_that_no_clip_or_every_clip_has_change_no_mean():
+    task = Tagging(model(*ADAPTERS["frames"][:1], PooledHead, 3), list("abc"), OptimizerConfig())
+    generator = torch.Generator().manual_seed(0)
+    logits, targets = torch.randn(50, 3, generator=generator), torch.zeros(50, 3)
+    targets[::2, 0] = 1
+    targets[:, 2] = 1
+    logits[::2, 0] += 1
+    metrics = task.test_scores.metrics
+    task.update_metrics(metrics, logits, {"targets": targets})
+    found = metrics.compute()
+    area = roc_auc_score(targets[:, 0], logits[:, 0])
+    assert found["auroc"].item() == pytest.approx(area, rel=1e-5)
+    assert found["d_prime"].item() == pytest.approx(
+        math.sqrt(2) * torch.special.ndtri(torch.tensor(area)).item(), rel=1e-4
+    )
+    assert found["average_precision"].item() == pytest.approx(
+        average_precision_score(targets[:, 0], logits[:, 0]), rel=1e-5
+    )
+    assert 0 < found["eer"] < 0.5
+    metrics.reset()
+    task.update_metrics(metrics, logits, {"targets": torch.zeros(50, 3)})
+    assert metrics.compute()["auroc"].isnan()
+    with pytest.raises(ValueError, match=r"has the labels \['a'\]; any number of labels"):
+        Tagging(model(*ADAPTERS["frames"][:1], PooledHead, 1), ["a"], OptimizerConfig())
 
 
 def test_segment_f1_counts_seconds():

@@ -3,6 +3,7 @@
 Dimensions: batch b · classes k
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,10 +16,10 @@ from torchmetrics.classification import (
     MulticlassCalibrationError,
     MulticlassConfusionMatrix,
     MulticlassF1Score,
-    MultilabelAUROC,
-    MultilabelAveragePrecision,
     MultilabelF1Score,
 )
+from torchmetrics.functional.classification import binary_auroc, binary_average_precision
+from torchmetrics.utilities import dim_zero_cat
 
 from mamba2_apps import reports
 from mamba2_apps.tasks.base import OptimizerConfig, Task
@@ -153,11 +154,47 @@ class AnyLabels(Task):
         positive_weight: float = 1.0,
         threshold: float = 0.5,
     ) -> None:
+        if not labels:
+            raise ValueError("the data has no labels; expected one that is present somewhere")
         if not 0 < threshold < 1:
             raise ValueError(f"task.threshold is {threshold}, expected between 0 and 1")
         self.threshold = threshold
         super().__init__(model, labels, optimizer)
         self.register_buffer("positive_weight", torch.tensor(positive_weight), persistent=False)
+
+
+class LabelMean(Metric):
+    """The mean of a score over the labels that some inputs have and others have not.
+
+    No such score is defined for the other labels. NaN where all are of these.
+
+    Args:
+        score: (scores (n,), targets (n,) of 0 and 1) -> a scalar.
+    """
+
+    full_state_update = False
+    preds: list[Tensor]
+    target: list[Tensor]
+
+    def __init__(self, score: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.score = score
+        for name in ("preds", "target"):
+            self.add_state(name, [], dist_reduce_fx="cat")
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        """preds (b, k) from 0 to 1; target (b, k) of 0 and 1."""
+        self.preds.append(preds)
+        self.target.append(target)
+
+    def compute(self) -> Tensor:
+        preds, target = dim_zero_cat(self.preds), dim_zero_cat(self.target)
+        found = [
+            self.score(scores, truth)
+            for scores, truth in zip(preds.unbind(1), target.unbind(1), strict=True)
+            if 0 < truth.sum() < len(truth)
+        ]
+        return torch.stack(found).mean() if found else preds.new_tensor(torch.nan)
 
 
 class MultiLabel(AnyLabels, Answers):
@@ -169,11 +206,16 @@ class MultiLabel(AnyLabels, Answers):
 
     def build_metrics(self, part: str) -> dict[str, Metric]:
         k = len(self.labels)
+        if k < 2:
+            raise ValueError(
+                f"the data has the labels {self.labels}; any number of labels are of two or more, "
+                "present or absent is a classification of two"
+            )
         if part == "train":
             return {"f1": MultilabelF1Score(k, threshold=self.threshold)}
         return {
-            "average_precision": MultilabelAveragePrecision(k, thresholds=None),
-            "auroc": MultilabelAUROC(k, thresholds=None),
+            "average_precision": LabelMean(binary_average_precision),
+            "auroc": LabelMean(binary_auroc),
             "f1": MultilabelF1Score(k, threshold=self.threshold),
         }
 
