@@ -390,7 +390,9 @@ def _likeliest(answer: dict[str, Any], count: int) -> dict[str, Any]:
 
 
 def _write_answers(answers: Iterable[dict[str, Any]], file: TextIO, layout: str) -> None:
-    """JSON lines, or CSV whose columns spell nested names with a dot; a line per answer."""
+    """JSON lines, or CSV whose columns spell nested names with a dot and whose events are JSON; a
+    line per answer.
+    """
     if layout == "jsonl":
         for answer in answers:
             file.write(json.dumps(answer) + "\n")
@@ -407,8 +409,10 @@ def _write_answers(answers: Iterable[dict[str, Any]], file: TextIO, layout: str)
 
 def _flat(answer: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in answer.items():
-        if isinstance(value, list) and value and isinstance(value[0], dict):
-            value = {str(rank): item for rank, item in enumerate(value, 1)}
+        if isinstance(value, list) and all(isinstance(item, dict) for item in value):
+            # Every row has as many of the likeliest, but events of a number of its own.
+            ranks = {str(rank): item for rank, item in enumerate(value, 1)}
+            value = ranks if key == "top" else json.dumps(value)
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{key}.")
         else:

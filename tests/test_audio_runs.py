@@ -1,5 +1,6 @@
 """Trainings from recipes, small: a RUN that predicts, streams, and shows its mistakes."""
 
+import csv
 import json
 import re
 
@@ -89,7 +90,7 @@ def test_an_unreadable_file_is_named_and_the_others_are_answered(sounds, tmp_pat
     assert "1 of 2 inputs could not be read" in err
 
 
-def test_events_are_drawn_under_a_spectrogram(tmp_path):
+def test_events_are_drawn_under_a_spectrogram_and_written_as_a_table(tmp_path):
     generator = np.random.default_rng(0)
     lines = ["path,label,start,end"]
     for number in range(10):
@@ -103,6 +104,19 @@ def test_events_are_drawn_under_a_spectrogram(tmp_path):
     metrics = runs.train(catalog.find("audio/events"), run, [*SMALL, *FRAMES, *words])
     assert {"segment_f1", "eer", "average_precision"} <= set(metrics["test"])
     assert (run / "events.png").stat().st_size > 10000
+    recipe = (run / "config.yaml").read_text()
+    for threshold in ("0.999", "0.001"):  # no events, and some
+        (run / "config.yaml").write_text(
+            recipe.replace("threshold: 0.5", f"threshold: {threshold}")
+        )
+        files = [str(tmp_path / f"{number}.wav") for number in (0, 1)]
+        assert main(["predict", str(run), *files, f"--output={tmp_path / 'found.csv'}"]) == 0
+        with (tmp_path / "found.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        assert [list(row) for row in rows] == [["input", "events"]] * 2
+        found = [json.loads(row["events"]) for row in rows]
+        assert all(event["label"] == "beep" for events in found for event in events)
+    assert all(found)
 
 
 def test_speech_is_pretrained_then_read_with_what_was_learnt(tmp_path):
