@@ -1,20 +1,22 @@
 """Folders and archives of photos: parts, messages, corrupt files, mixing, the recipes for them."""
 
 import json
+import struct
 import tarfile
+import zlib
 from io import BytesIO
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 from torch._utils import ExceptionWrapper
 
 import mamba2_apps
 from mamba2_apps import catalog, cli, runs
 from mamba2_apps.data import UnreadableInput
 from mamba2_apps.vision.augmentation import erase, shift_and_flip
-from mamba2_apps.vision.data import ImageFolder, PhotoAugmentation, TimmImages
+from mamba2_apps.vision.data import ImageFolder, PhotoAugmentation, TimmImages, open_image
 from mamba2_apps.vision.fashion_mnist import LABELS, FashionMNIST
 from mamba2_apps.vision.shards import ShardedImages
 
@@ -117,6 +119,70 @@ def test_corrupt_photos_are_left_out_where_asked_and_named(tmp_path, capsys):
     assert sum(len(batch["targets"]) for batch in data.val_dataloader()) == len(data.val_set)
 
 
+def test_files_are_read_once_and_a_class_that_vanishes_is_named(tmp_path, capsys):
+    photos(tmp_path / "train", count=3)
+    photos(tmp_path / "val", count=2)
+    (tmp_path / "val" / "dark" / "0.png").write_bytes(b"")
+    data = small(tmp_path, unreadable="skip")
+    data.setup("test")
+    assert data.test_set is data.val_set
+    assert capsys.readouterr().err.count("left out") == 1
+    for path in (tmp_path / "train" / "dark").iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"1.png is of class dark, of which training has no image"):
+        small(tmp_path, unreadable="skip")
+    for path in tmp_path.glob("val/*/*"):
+        path.write_bytes(b"")
+    with pytest.raises(ValueError, match="no image of a part could be read"):
+        small(tmp_path, unreadable="skip")
+
+
+def test_sixteen_bits_of_colour_are_named(tmp_path):
+    def chunk(kind, data):
+        checked = kind + data
+        return struct.pack(">I", len(data)) + checked + struct.pack(">I", zlib.crc32(checked))
+
+    header = struct.pack(">IIBBBBB", 20, 20, 16, 2, 0, 0, 0)  # RGB of 16 bits
+    rows = zlib.compress((b"\0" + bytes(20 * 3 * 2)) * 20)
+    path = tmp_path / "deep.png"
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    )
+    with pytest.raises(UnreadableInput, match=r"deep.png: 16 bits per channel, expected .* 8 bits"):
+        open_image(path)
+
+
+def test_a_phone_photo_with_a_second_picture_behind_it_is_its_first(tmp_path):
+    first, second = (Image.new("RGB", (20, 20), color) for color in ("red", "blue"))
+    path = tmp_path / "phone.jpg"
+    first.save(path, "MPO", save_all=True, append_images=[second])
+    red, _, blue = open_image(path).getpixel((10, 10))
+    assert red > 200 > 50 > blue
+
+
+def test_images_in_memory_are_checked_as_files_are(tmp_path):
+    deep = Image.fromarray(np.full((20, 20), 40000, np.uint16))
+    for image in (deep, Image.new("CMYK", (20, 20))):
+        with pytest.raises(UnreadableInput, match="in memory: pixels of mode"):
+            open_image(image)
+    photos(tmp_path, CLASSES[:1], count=1)
+    whole = (tmp_path / "dark" / "0.png").read_bytes()
+    with pytest.raises(UnreadableInput, match="in memory: not a readable image"):
+        open_image(Image.open(BytesIO(whole[: len(whole) // 2])))
+    with pytest.raises(UnreadableInput, match=r"shape \(3, 20, 20\), expected \(H, W\)"):
+        open_image(np.zeros((3, 20, 20), np.uint8))
+
+
+def test_whatever_pillow_raises_over_damaged_bytes_names_the_file(tmp_path, monkeypatch):
+    def broken(self):
+        raise TypeError("Missing dimensions")  # as of a TIFF whose tags are damaged
+
+    path = photos(tmp_path, CLASSES[:1], count=1) / "dark" / "0.png"
+    monkeypatch.setattr(ImageFile.ImageFile, "load", broken)
+    with pytest.raises(UnreadableInput, match=r"0.png: not a readable image \(Missing dimensions"):
+        open_image(path)
+
+
 def test_a_photo_reads_as_timm_reads_it(tmp_path):
     data = small(photos(tmp_path, side=40), augmentation=PLAIN)
     path = data.val_set.sources[0]
@@ -194,6 +260,13 @@ def test_broken_shards_are_named(tmp_path):
     loaders = (data.train_dataloader(), data.val_dataloader())
     with pytest.raises(UnreadableInput, match=r"train-0.tar: 0.png: not a readable image"):
         [list(loader) for loader in loaders]
+
+
+def test_a_class_that_only_validation_shards_have_is_named(tmp_path):
+    shard(tmp_path / "train-0.tar", [(str(i), 2 * (i % 2)) for i in range(8)])
+    shard(tmp_path / "val-0.tar", [(str(i), i % 3) for i in range(6)])
+    with pytest.raises(ValueError, match=r"val-0.tar: 1.png is of class 1, which no shard of train"):
+        ShardedImages(folder=str(tmp_path), val_shards="val-*.tar").setup("fit")
 
 
 def test_balanced_sampling_draws_rare_classes_as_often(tmp_path):

@@ -3,6 +3,7 @@
 Dimensions: batch b · channels c · height H · width W · classes k
 """
 
+import re
 import sys
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -28,6 +29,7 @@ from mamba2_apps.vision import reports
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "YCbCr"}
+_WIDE = re.compile(r"\b(L|LA|RGB|RGBA|RGBX);16")
 
 
 def open_image(item: Any, name: str | None = None) -> Image.Image:
@@ -40,29 +42,42 @@ def open_image(item: Any, name: str | None = None) -> Image.Image:
     Raises:
         UnreadableInput: empty, truncated, animated, CMYK, more than 8 bits, or no image at all.
     """
-    if isinstance(item, Image.Image):
-        return item
+    name = name or (str(item) if isinstance(item, str | Path) else "an image in memory")
     if isinstance(item, np.ndarray):
-        if item.dtype != np.uint8:
-            raise UnreadableInput(f"an array of {item.dtype}, expected uint8 from 0 to 255")
+        if item.dtype != np.uint8 or not (item.ndim == 2 or item.shape[2:] == (3,)):
+            raise UnreadableInput(
+                f"an array of {item.dtype} and shape {item.shape}, expected (H, W) or (H, W, 3) of "
+                "uint8 from 0 to 255"
+            )
         return Image.fromarray(item)
-    name = name or str(item)
     try:
+        if isinstance(item, Image.Image):
+            return _checked(item, name)
         with Image.open(item) as image:
-            image.load()
-            frames = getattr(image, "n_frames", 1)
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+            return _checked(image, name)
+    except UnreadableInput:
+        raise
+    except Image.DecompressionBombError as error:
+        raise UnreadableInput(f"{name}: {error}; make it smaller") from error
+    except Exception as error:  # over damaged bytes Pillow's readers raise whatever they meet
         raise UnreadableInput(
             f"{name}: not a readable image ({_cause(item, error)}); replace or remove it"
         ) from error
-    except Image.DecompressionBombError as error:
-        raise UnreadableInput(f"{name}: {error}; make it smaller") from error
+
+
+def _checked(image: Image.Image, name: str) -> Image.Image:
+    """The image itself, loaded. Raises UnreadableInput where it is no still one of 8 bits."""
+    # Pillow reads 16 bits of colour as 8 without a word: only the tile's layout, such as RGB;16B,
+    # tells them, until it is loaded. (BGR;16 is 16 bits for all three.)
+    wide = [tile for tile in getattr(image, "tile", []) if _WIDE.search(str(tile[3]))]
+    image.load()
+    # A phone's MPO is a JPEG with further pictures behind it, a depth map say; the first is meant.
+    frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
     if frames > 1:
         raise UnreadableInput(f"{name}: {frames} frames, expected a still image; save one of them")
-    if image.mode not in MODES:
-        raise UnreadableInput(
-            f"{name}: pixels of mode {image.mode}, expected grey or RGB of 8 bits; convert it"
-        )
+    if wide or image.mode not in MODES:
+        pixels = "16 bits per channel" if wide else f"pixels of mode {image.mode}"
+        raise UnreadableInput(f"{name}: {pixels}, expected grey or RGB of 8 bits; convert it")
     return image
 
 
@@ -366,6 +381,26 @@ class PhotoData(ImageData):
             min_side=self.min_side,
         )
 
+    def setup(self, stage: str) -> None:
+        if hasattr(self, "test_set"):
+            return  # Lightning asks again before each stage of a run
+        self.find_images()
+        self._check_seen(self.val_set)  # type: ignore[arg-type]
+        self._check_seen(self.test_set)  # type: ignore[arg-type]
+
+    @abstractmethod
+    def find_images(self) -> None:
+        """Fill `labels`, `train_set`, `val_set` and `test_set`."""
+
+    def _check_seen(self, part: ImageFiles) -> None:
+        unseen = set(part.targets.tolist()) - set(self.class_of_samples().tolist())
+        for target in unseen:
+            _, name = part.fetch(part.sources[part.targets.tolist().index(target)])
+            raise ValueError(
+                f"{name} is of class {self.labels[target]}, of which training has no image; add "
+                "some, or remove the class"
+            )
+
     def augment(self, sample: Sample) -> Sample:
         return {**sample, "inputs": self._random_transform(sample["inputs"])}
 
@@ -403,6 +438,8 @@ class PhotoData(ImageData):
         if self.unreadable == "skip":
             keep = _readable(sources, fetch, preprocessing)
             sources, classes = [sources[i] for i in keep], classes[keep]
+            if not keep:
+                raise ValueError("no image of a part could be read; the lines above name them")
         return ImageFiles(sources, classes, decode, fetch)
 
 
@@ -437,25 +474,25 @@ class ImageFolder(PhotoData):
         self.folder = Path(folder)
         self.val_fraction, self.test_fraction = val_fraction, test_fraction
 
-    def setup(self, stage: str) -> None:
+    def find_images(self) -> None:
         given = (self.folder / "train").is_dir()
         parts = self._given_parts() if given else self._held_out_parts()
-        self.train_set, self.val_set, self.test_set = (
+        self.train_set, self.val_set, *test = (
             self.files(*part, fetch=_path_itself, training=i == 0) for i, part in enumerate(parts)
         )
+        self.test_set = test[0] if test else self.val_set
 
     def _given_parts(self) -> list[tuple[list[str], list[int]]]:
-        found = {part: _classes_in(self.folder / part) for part in ("train", "val")}
-        has_test = (self.folder / "test").is_dir()
-        found["test"] = _classes_in(self.folder / "test") if has_test else found["val"]
+        parts = ["train", "val", *(["test"] if (self.folder / "test").is_dir() else [])]
+        found = {part: _classes_in(self.folder / part) for part in parts}
         self.labels = _checked_labels(found["train"], self.folder / "train")
-        for part in ("val", "test"):
+        for part in parts:
             for name in found[part].keys() - set(self.labels):
                 raise ValueError(
                     f"{self.folder / part / name}: a class that {self.folder / 'train'} does not "
                     "have; training would never see it: move it, remove it or correct its name"
                 )
-        return [_listed(found[part], self.labels) for part in ("train", "val", "test")]
+        return [_listed(found[part], self.labels) for part in parts]
 
     def _held_out_parts(self) -> list[tuple[list[str], list[int]]]:
         found = _classes_in(self.folder)
@@ -498,7 +535,7 @@ class TimmImages(PhotoData):
         self.reader, self.root = reader, root
         self.splits = (train_split, val_split, test_split)
 
-    def setup(self, stage: str) -> None:
+    def find_images(self) -> None:
         train_split, val_split, test_split = self.splits
         train, targets = self._read(train_split)
         self.labels = _labels_of(train, targets)

@@ -38,7 +38,7 @@ class ShardedImages(PhotoData):
         self.folder = Path(folder)
         self.patterns = (train_shards, val_shards, test_shards)
 
-    def setup(self, stage: str) -> None:
+    def find_images(self) -> None:
         train_shards, val_shards, test_shards = self.patterns
         train = self._indexed(train_shards)
         self.labels = self._names(max(train[1]) + 1)
@@ -48,16 +48,14 @@ class ShardedImages(PhotoData):
             val = self._indexed(val_shards)
         test = val if test_shards is None else self._indexed(test_shards)
         for pattern, (entries, targets) in ((val_shards, val), (test_shards, test)):
-            if max(targets) >= len(self.labels):
-                unseen = entries[targets.index(max(targets))]
+            for target in set(targets) - set(train[1]):
                 raise ValueError(
-                    f"{unseen} is of class {max(targets)}, which no shard of {train_shards} has; "
-                    f"correct the class or {pattern}"
+                    f"{entries[targets.index(target)]} is of class {target}, which no shard of "
+                    f"{train_shards} has; correct the class or {pattern}"
                 )
-        self.train_set, self.val_set, self.test_set = (
-            self.files(entries, targets, read, training=i == 0)
-            for i, (entries, targets) in enumerate((train, val, test))
-        )
+        self.train_set = self.files(*train, fetch=read, training=True)
+        self.val_set = self.files(*val, fetch=read)
+        self.test_set = self.val_set if test is val else self.files(*test, fetch=read)
 
     def _indexed(self, pattern: str) -> tuple[list[Entry], list[int]]:
         """Images of the shards of a pattern, and their classes."""
