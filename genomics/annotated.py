@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from mamba2_apps.data import DataModule, Sample
@@ -34,10 +34,12 @@ from mamba2_apps.genomics.annotations import (
 )
 from mamba2_apps.genomics.fasta import Genome
 from mamba2_apps.genomics.intervals import Feature
-from mamba2_apps.genomics.preprocessing import DNAPreprocessing
+from mamba2_apps.genomics.preprocessing import DNAPreprocessing, check_tokens
 from mamba2_apps.genomics.regions import (
     Window,
     Windows,
+    check_apart,
+    check_chance,
     cropped,
     cut_share,
     parsed,
@@ -208,6 +210,7 @@ class AnnotatedGenome(DataModule):
                 f"data.window is {window}, data.shift {shift} and data.margin {margin}, expected "
                 "at least 2, 0 and 0"
             )
+        check_chance("reverse_complement", reverse_complement)
         self.genome_path, self.annotation, self.test_annotation = (
             genome,
             annotation,
@@ -223,6 +226,9 @@ class AnnotatedGenome(DataModule):
     @property
     def preprocessing(self) -> DNAPreprocessing:
         return DNAPreprocessing(along=True)
+
+    def prepare_model(self, model: nn.Module) -> None:
+        check_tokens(self.preprocessing, model)
 
     def setup(self, stage: str) -> None:
         self.genome: Genome = (
@@ -292,6 +298,7 @@ class AnnotatedGenome(DataModule):
     def _regions_of_parts(self, genes: list[Feature]) -> dict[str, list[Feature]]:
         """Stretches whose labels are known, by part of the data."""
         test, val = (parsed(texts, self.genome) for texts in (self.test_regions, self.val_regions))
+        check_apart(test, val)
         if self.known == "all":
             rest = without(without(whole(self.genome), test), val)
             if not val:

@@ -8,14 +8,24 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from torch.utils.data import Dataset
 
 from mamba2_apps.data import DataModule, Sample
 from mamba2_apps.files import write_json
 from mamba2_apps.genomics.fasta import Genome
 from mamba2_apps.genomics.intervals import Feature
-from mamba2_apps.genomics.preprocessing import DNAPreprocessing, open_sequences
-from mamba2_apps.genomics.regions import Window, Windows, cut_share, parsed, whole, without
+from mamba2_apps.genomics.preprocessing import DNAPreprocessing, check_tokens, open_sequences
+from mamba2_apps.genomics.regions import (
+    Window,
+    Windows,
+    check_apart,
+    check_chance,
+    cut_share,
+    parsed,
+    whole,
+    without,
+)
 from mamba2_apps.genomics.splits import PARTS, region_leakage
 from mamba2_apps.genomics.tracks import read_track
 
@@ -91,6 +101,9 @@ class Coverage(DataModule):
             raise ValueError(
                 f"data.window is {window}, expected a multiple of data.bin_size, {bin_size}"
             )
+        if not 0 < held_share < 0.5:
+            raise ValueError(f"data.held_share is {held_share}, expected between 0 and 0.5")
+        check_chance("reverse_complement", reverse_complement)
         self.genome_path, self.tracks = genome, tracks
         self.labels = names or [Path(track).name.split(".")[0] for track in tracks]
         self.measured = regions or []
@@ -103,16 +116,25 @@ class Coverage(DataModule):
     def preprocessing(self) -> DNAPreprocessing:
         return DNAPreprocessing(along=True)
 
+    def prepare_model(self, model: nn.Module) -> None:
+        check_tokens(self.preprocessing, model)
+
     def setup(self, stage: str) -> None:
         genome = open_sequences(self.genome_path)
-        rest = parsed(self.measured, genome) or whole(genome)
+        rest = whole(genome)
+        if self.measured:  # as a difference, so that regions which overlap are taken once
+            rest = without(rest, without(rest, parsed(self.measured, genome)))
         test, val = (parsed(texts, genome) for texts in (self.test_regions, self.val_regions))
+        check_apart(test, val)
         rest = without(without(rest, test), val)
         if not test:
             rest, test = cut_share(rest, self.held_share)
         if not val:
             rest, val = cut_share(rest, self.held_share)
         self.regions = {"train": rest, "val": val, "test": test}
+        for name, regions in self.regions.items():
+            if not regions:
+                raise ValueError(f"the regions leave no bases for {name}")
         self.train_set, self.val_set, self.test_set = (
             self._part(genome, [self._whole_bins(r) for r in self.regions[part]]) for part in PARTS
         )

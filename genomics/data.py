@@ -20,11 +20,12 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, f1_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import MaxAbsScaler
+from torch import nn
 from torch.utils.data import Dataset
 
 from mamba2_apps.data import DataModule, Sample, UnreadableInput
 from mamba2_apps.files import write_json
-from mamba2_apps.genomics.preprocessing import DNAPreprocessing
+from mamba2_apps.genomics.preprocessing import DNAPreprocessing, check_tokens
 from mamba2_apps.genomics.sequences import check_sequence
 from mamba2_apps.genomics.splits import (
     PARTS,
@@ -117,6 +118,8 @@ class LabelledSequences(DataModule):
             if not 0 <= value <= 1:
                 raise ValueError(f"data.{name} is {value}, expected 0 to 1")
         self.tokenizer = tokenizer or {"kind": "base"}
+        if mutation and self.tokenizer.get("kind") != "base":
+            raise ValueError(f"data.mutation is {mutation}, which needs base tokens")
         self.reverse_complement, self.mutation = reverse_complement, mutation
         self.split = split or SplitConfig()
         if reverse_complement:
@@ -129,6 +132,9 @@ class LabelledSequences(DataModule):
     @property
     def preprocessing(self) -> DNAPreprocessing:
         return DNAPreprocessing(tokenizer=self.tokenizer, length=self.length)
+
+    def prepare_model(self, model: nn.Module) -> None:
+        check_tokens(self.preprocessing, model)
 
     def setup(self, stage: str) -> None:
         data = self.read()
@@ -255,8 +261,12 @@ class SequenceTable(LabelledSequences):
         )
         sequences, answers, parts = [], [], []
         for where, row in rows:
-            sequences.append(check_sequence(row[self.sequence].strip(), where))
+            sequences.append(_letters(row[self.sequence], where))
             answers.append([row[name] for name in self.target_columns])
+            if self.kind == "classes" and not answers[-1][0].strip():
+                raise UnreadableInput(
+                    f"{where}: {self.target_columns[0]} is empty, expected a class"
+                )
             if self.part is not None:
                 if row[self.part] not in PARTS:
                     raise UnreadableInput(
@@ -326,8 +336,8 @@ class GenomicBenchmarks(LabelledSequences):
         for part in ("train", "test"):
             for index, label in enumerate(self.labels):
                 for path in sorted((root / part / label).glob("*.txt")):
-                    text = path.read_text(encoding="utf-8").strip()
-                    sequences.append(check_sequence(text, str(path)))
+                    text = path.read_text(encoding="utf-8")
+                    sequences.append(_letters(text, str(path)))
                     targets.append(index)
                     parts.append(part)
         if not sequences:
@@ -357,6 +367,14 @@ def read_table(path: str, columns: Sequence[str]) -> list[tuple[str, dict[str, s
     if not found:
         raise UnreadableInput(f"{path} has no rows below its header")
     return found
+
+
+def _letters(text: str, where: str) -> str:
+    """The sequence of a cell or file. Raises UnreadableInput where it is none."""
+    sequence = check_sequence(text.strip(), where)
+    if not sequence:
+        raise UnreadableInput(f"{where}: the sequence is empty")
+    return sequence
 
 
 def _numbers(

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from Bio.Seq import Seq
 from Bio.SeqRecord import SeqRecord
-from torch import Tensor
+from torch import Tensor, nn
 
 from mamba2_apps.data import Preprocessing, Sample, UnreadableInput
 from mamba2_apps.genomics.annotations import GENBANK_SUFFIXES, genbank_genome
@@ -143,6 +143,17 @@ class DNAPreprocessing(Preprocessing):
         if name not in records:
             raise UnreadableInput(f"{path} has no record {name!r}")
         return records.fetch(name), item
+
+
+def check_tokens(preprocessing: DNAPreprocessing, model: nn.Module) -> None:
+    """Raises ValueError where a model's adapter reads other tokens than the data give."""
+    read: Tokenizer | None = getattr(getattr(model, "adapter", None), "tokenizer", None)
+    given = preprocessing.tokens
+    if read is not None and read != given:
+        raise ValueError(
+            f"model.adapter.tokenizer is {read.kind} of {read.size} ids, and data.tokenizer "
+            f"{given.kind} of {given.size}; give both the same"
+        )
 
 
 def sequence_files(source: str) -> list[str]:

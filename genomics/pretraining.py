@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.data import Dataset
 
 from mamba2_apps.data import DataModule, Sample
@@ -16,10 +17,20 @@ from mamba2_apps.genomics.fasta import Genome, GenomeSet
 from mamba2_apps.genomics.intervals import Feature
 from mamba2_apps.genomics.preprocessing import (
     DNAPreprocessing,
+    check_tokens,
     open_sequences,
     sequence_files,
 )
-from mamba2_apps.genomics.regions import Windows, cropped, cut_share, parsed, whole, without
+from mamba2_apps.genomics.regions import (
+    Windows,
+    check_apart,
+    check_chance,
+    cropped,
+    cut_share,
+    parsed,
+    whole,
+    without,
+)
 from mamba2_apps.genomics.splits import PARTS, region_leakage
 from mamba2_apps.genomics.tokenizers import Tokenizer
 from mamba2_apps.shards import find_files
@@ -109,6 +120,7 @@ class GenomeText(DataModule):
             raise ValueError(f"data.held_share is {held_share}, expected between 0 and 0.5")
         if soft_mask_weight < 0:
             raise ValueError(f"data.soft_mask_weight is {soft_mask_weight}, expected at least 0")
+        check_chance("reverse_complement", reverse_complement)
         if window < 1:
             raise ValueError(f"data.window is {window}, expected at least 1")
         self.paths, self.tokenizer = paths, tokenizer or {"kind": "base"}
@@ -126,6 +138,9 @@ class GenomeText(DataModule):
     @property
     def preprocessing(self) -> DNAPreprocessing:
         return DNAPreprocessing(tokenizer=self.tokenizer)
+
+    def prepare_model(self, model: nn.Module) -> None:
+        check_tokens(self.preprocessing, model)
 
     def setup(self, stage: str) -> None:
         genome = GenomeSet([open_sequences(file) for file in self._files()])
@@ -160,6 +175,7 @@ class GenomeText(DataModule):
 
     def _regions_of_parts(self, lengths: dict[str, int]) -> dict[str, list[Feature]]:
         test, val = (parsed(texts, lengths) for texts in (self.test_regions, self.val_regions))
+        check_apart(test, val)
         rest = whole(lengths)
         if self.taken:  # as a difference, so that regions which overlap are taken once
             rest = without(rest, without(rest, parsed(self.taken, lengths)))

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from mamba2_apps.data import Sample
-from mamba2_apps.genomics.intervals import Feature, parse_region
+from mamba2_apps.genomics.intervals import Feature, parse_region, place
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,24 @@ def parsed(texts: Sequence[str], lengths: Mapping[str, int]) -> list[Feature]:
     """Regions that a recipe names, such as chr2R:1-1,000 or chr2R. Raises ValueError."""
     places = [parse_region(text, lengths) for text in texts]
     return [Feature(contig=contig, start=start, end=end) for contig, start, end in places]
+
+
+def check_apart(test: Sequence[Feature], val: Sequence[Feature]) -> None:
+    """Raises ValueError where the epoch would be chosen on bases of the test."""
+    for one in val:
+        for other in test:
+            start, end = max(one.start, other.start), min(one.end, other.end)
+            if one.contig == other.contig and start < end:
+                raise ValueError(
+                    f"data.val_regions and data.test_regions overlap at "
+                    f"{place(one.contig, start, end)}; a base is of one part"
+                )
+
+
+def check_chance(name: str, value: float) -> None:
+    """Raises ValueError for a chance that is none."""
+    if not 0 <= value <= 1:
+        raise ValueError(f"data.{name} is {value}, expected 0 to 1")
 
 
 def whole(lengths: Mapping[str, int]) -> list[Feature]:

@@ -14,6 +14,7 @@ from mamba2_apps import load, recipes, runs
 from mamba2_apps.catalog import shipped
 from mamba2_apps.cli import main
 from mamba2_apps.data import AugmentedDataset, UnreadableInput
+from mamba2_apps.genomics.adapter import TokenEmbedding
 from mamba2_apps.genomics.annotated import AnnotatedGenome, label_names, paint
 from mamba2_apps.genomics.annotations import read_bed
 from mamba2_apps.genomics.coverage import Coverage
@@ -204,9 +205,28 @@ def test_a_table_of_classes_labels_and_values(tmp_path):
         ({"targets": ["class"], "kind": "values"}, "t.tsv:2: class is 'a', expected a number"),
         ({"targets": ["y"], "kind": "multilabel"}, "y is '0.125', expected 0 or 1"),
         ({"targets": ["class"], "part": "class"}, "class is 'a', expected train, val or test"),
+        (
+            {"targets": ["class"], "mutation": 0.1, "tokenizer": {"kind": "kmer"}},
+            "needs base tokens",
+        ),
     ):
         with pytest.raises(ValueError, match=words):
             SequenceTable(str(path), **options).setup("fit")
+    for row, words in (("\t1\t1\ta", "the sequence is empty"), ("ACGT\t1\t1\t", "class is empty")):
+        path.write_text("sequence\tx\ty\tclass\n" + "\n".join(rows) + f"\n{row}\n")
+        with pytest.raises(UnreadableInput, match=rf"t\.tsv:62: {words}"):
+            SequenceTable(str(path), targets=["class"]).setup("fit")
+
+
+def test_data_and_adapter_read_the_same_tokens(tmp_path):
+    data = SequenceTable(str(tmp_path / "t.csv"), targets=["y"])
+    model = torch.nn.Module()
+    model.adapter = TokenEmbedding(8)
+    data.prepare_model(model)
+    model.adapter = TokenEmbedding(8, tokenizer={"kind": "kmer", "k": 3})
+    for other in (data, GenomeText(paths=["g.fa"])):
+        with pytest.raises(ValueError, match=r"kmer of 66 ids, and data\.tokenizer base of 16"):
+            other.prepare_model(model)
 
 
 def test_genomic_benchmarks_folders(tmp_path):
@@ -419,8 +439,30 @@ def test_coverage_is_binned_where_it_was_measured(tmp_path):
             expected[expected >= 600] = 0
             means = expected.reshape(-1, 8).mean(1)
             np.testing.assert_allclose(sample["targets"][:, 0], means)
+    with pytest.raises(ValueError, match=r"held_share is 0, expected between"):
+        Coverage(genome="g.fa", tracks=["t.wig"], held_share=0)
     assert data.baselines()["training mean"]["mae"] > 0
     assert [r.end - r.start for r in data.regions["test"]] == [200]
+
+
+def test_regions_that_overlap_are_of_one_part(annotated):
+    (annotated / "t.bedgraph").write_text("c\t0\t5000\t1\n")
+    genome = str(annotated / "g.fa")
+    tracks = {"genome": genome, "tracks": [str(annotated / "t.bedgraph")], "window": 64}
+    data = Coverage(**tracks, regions=["c:1-3,000", "c:2,001-3,000"])
+    data.setup("fit")
+    assert sum(len(r) for regions in data.regions.values() for r in regions) == 3000
+    both = {"test_regions": ["c:1-1,000"], "val_regions": ["c:901-2,000"]}
+    annotation = {"annotation": str(annotated / "train.bed"), "targets": ["cds"]}
+    for data in (
+        Coverage(**tracks, **both),
+        GenomeText(paths=[genome], **both),
+        AnnotatedGenome(genome=genome, **annotation, **both),
+    ):
+        with pytest.raises(ValueError, match=r"overlap at c:901-1,000; a base is of one part"):
+            data.setup("fit")
+    with pytest.raises(ValueError, match=r"data\.reverse_complement is 3"):
+        AnnotatedGenome(genome=genome, **annotation, **both, reverse_complement=3)
 
 
 # Preprocessing and a RUN
