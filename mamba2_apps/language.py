@@ -139,7 +139,18 @@ class LanguageModel(nn.Module):
                 f"{checkpoint.folder}: a backbone without an embedding table; expected a language "
                 "model's checkpoint"
             )
+        if head is None and not checkpoint.tied:
+            raise ValueError(
+                f"{checkpoint.folder}: missing: lm_head.weight, which its config.json does not tie "
+                "to the embedding; expected a language model's checkpoint"
+            )
         backbone = Backbone.from_checkpoint(checkpoint)
+        for name, weight in (("embedding", table), ("head", head)):
+            if weight is not None and weight.shape != (len(table), backbone.config.d_model):
+                raise ValueError(
+                    f"{checkpoint.folder}: the {name}'s weight is {tuple(weight.shape)}, expected "
+                    f"(vocabulary, d_model) = {(len(table), backbone.config.d_model)}"
+                )
         tied = head is None or torch.equal(head, table)
         model = cls(
             backbone.config,

@@ -50,6 +50,7 @@ class Checkpoint:
         embedding: table (vocabulary, d_model); None: there is none.
         head: output weights (vocabulary, d_model); None: none, or those of the embedding.
         vocab_size: tokens that exist; the table may be padded beyond them.
+        tied: where there is no head, a language model's is the embedding.
     """
 
     folder: Path
@@ -58,6 +59,7 @@ class Checkpoint:
     embedding: Tensor | None = None
     head: Tensor | None = None
     vocab_size: int | None = None
+    tied: bool = True
 
 
 def read(path_or_repo: str | os.PathLike[str]) -> Checkpoint:
@@ -75,6 +77,7 @@ def read(path_or_repo: str | os.PathLike[str]) -> Checkpoint:
     content = read_json(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON object, found a {type(content).__name__}")
+    tied = True
     if content.get("format") in (BACKBONE_FORMAT, LANGUAGE_MODEL_FORMAT):
         version = content.get("format_version")
         if version != FORMAT_VERSION:
@@ -82,17 +85,19 @@ def read(path_or_repo: str | os.PathLike[str]) -> Checkpoint:
                 f"{path}: format_version {version!r}, this version of mamba2_apps reads "
                 f"{FORMAT_VERSION}"
             )
-        config = content["config"]
+        config = _setting(content, "config", path)
     elif content.get("model_type") == "mamba2":
         config = from_hugging_face(content, path)
+        tied = content.get("tie_word_embeddings", False)
     elif "ssm_cfg" in content:
         config = from_state_spaces(content, path)
+        tied = content.get("tie_embeddings", True)
     else:
         raise ValueError(
             f"{path}: expected format {BACKBONE_FORMAT!r}, model_type 'mamba2' (Hugging Face) or "
             f"ssm_cfg (state-spaces), found {_describe(content)}"
         )
-    return _sorted_weights(folder, config, content.get("vocab_size"))
+    return _sorted_weights(folder, config, content.get("vocab_size"), tied)
 
 
 def local_folder(path_or_repo: str | os.PathLike[str]) -> Path:
@@ -173,8 +178,8 @@ def from_state_spaces(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
     if not content.get("rms_norm", True):
         raise ValueError(f"{path}: rms_norm is false (LayerNorm), expected true")
     config = {
-        "d_model": content["d_model"],
-        "n_layer": content["n_layer"],
+        "d_model": _setting(content, "d_model", path),
+        "n_layer": _setting(content, "n_layer", path),
         # mamba_ssm's GatedMLP widens to a multiple of 128, its MHA's MLP to one of 256.
         "d_intermediate": _round_up(content.get("d_intermediate", 0), 128),
         "residual_in_fp32": content.get("residual_in_fp32", True),
@@ -277,6 +282,8 @@ def match_direction(
             continue
         to_both = target.ndim == 2
         for vector in (f"{part}.A_log", f"{part}.dt_bias"):
+            if vector not in tensors:
+                continue
             given = tensors[vector]
             matched[vector] = torch.stack([given, given]) if to_both else given[0]
         heads = target.shape[-1]
@@ -294,9 +301,11 @@ def match_direction(
     return matched
 
 
-def _sorted_weights(folder: Path, config: dict[str, Any], vocab_size: int | None) -> Checkpoint:
+def _sorted_weights(
+    folder: Path, config: dict[str, Any], vocab_size: int | None, tied: bool
+) -> Checkpoint:
     """Sort the tensors of a folder into backbone, embedding and head."""
-    checkpoint = Checkpoint(folder, config, {}, vocab_size=vocab_size)
+    checkpoint = Checkpoint(folder, config, {}, vocab_size=vocab_size, tied=tied)
     for name, tensor in _all_weights(folder).items():
         inner = name.removeprefix("backbone.")
         if inner in ("embeddings.weight", "embedding.weight"):
@@ -315,7 +324,7 @@ def _all_weights(folder: Path) -> dict[str, Tensor]:
         if (folder / name).is_file():
             return read_file(folder / name)
         if index.is_file():
-            shards = sorted(set(read_json(index)["weight_map"].values()))
+            shards = sorted(set(_setting(read_json(index), "weight_map", index).values()))
             return {k: v for shard in shards for k, v in read_file(folder / shard).items()}
     raise FileNotFoundError(
         f"{folder}: neither {WEIGHTS_NAME} nor {_PICKLED_NAME} in it, whole or in shards"
@@ -327,10 +336,19 @@ def _read_pickled(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected weights written by torch.save")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(f"{path}: damaged, or more than weights ({reason})") from error
+    if not isinstance(found, dict) or not all(isinstance(t, Tensor) for t in found.values()):
+        raise ValueError(f"{path}: expected tensors by name, found a {type(found).__name__}")
+    return found
+
+
+def _setting(content: Mapping[str, Any], name: str, path: Path) -> Any:
+    if name not in content:
+        raise ValueError(f"{path}: no {name} in it, found {', '.join(sorted(content)[:10])}")
+    return content[name]
 
 
 def _describe(content: Mapping[str, Any]) -> str:

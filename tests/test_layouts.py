@@ -219,6 +219,35 @@ def test_unknown_weights_and_code_in_a_pickle_are_refused(tmp_path):
         Backbone.from_pretrained(tmp_path)
 
 
+def test_what_a_language_model_lacks_is_named(tmp_path):
+    model = theirs("Mamba2Model")
+    model.save_pretrained(tmp_path / "backbone")
+    with pytest.raises(ValueError, match=r"backbone: missing: lm_head\.weight"):
+        LanguageModel.from_pretrained(tmp_path / "backbone")
+    for name, part in (("lm_head.weight", "head"), ("backbone.embedding.weight", "embedding")):
+        tensors = state_spaces_folder(tmp_path / part)
+        torch.save({**tensors, name: torch.zeros(48, 31)}, tmp_path / part / "pytorch_model.bin")
+        with pytest.raises(ValueError, match=rf"the {part}'s weight is \(48, 31\), expected"):
+            LanguageModel.from_pretrained(tmp_path / part)
+
+
+def test_a_folder_that_is_not_whole_is_named(tmp_path):
+    state_spaces_folder(tmp_path, {k: v for k, v in HYBRID.items() if k != "n_layer"})
+    with pytest.raises(ValueError, match=r"config\.json: no n_layer in it, found attn_cfg"):
+        Backbone.from_pretrained(tmp_path)
+    tensors = state_spaces_folder(tmp_path)
+    torch.save([*tensors.values()], tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin: expected tensors by name"):
+        Backbone.from_pretrained(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"index\.json: no weight_map in it"):
+        Backbone.from_pretrained(tmp_path)
+    causal = Backbone(BackboneConfig(32, 1, d_state=8, headdim=8)).state_dict()
+    both = Backbone(BackboneConfig(32, 1, d_state=8, headdim=8, bidirectional=True))
+    del causal["layers.0.mixer.dt_bias"]
+    assert "layers.0.mixer.dt_bias" not in layouts.match_direction(causal, both.state_dict())
+
+
 @pytest.mark.parametrize("own_convolutions", [False, True])
 def test_both_directions_start_from_a_causal_backbone_and_back(own_convolutions):
     torch.manual_seed(0)
