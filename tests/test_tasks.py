@@ -127,6 +127,13 @@ def test_epoch_metrics_are_those_of_all_samples_whatever_the_batches():
     assert one.test_scores.metrics["confusion"].compute().sum() == 7
 
 
+def test_calibration_takes_no_logits_for_probabilities():
+    one, data = task(), batch()
+    one.score(one.test_scores, torch.full((6, 3), 0.9), data)
+    error = one.test_scores.metrics["calibration_error"].compute()
+    assert error.item() == pytest.approx(0, abs=1e-6)  # a third is sure, a third is right
+
+
 def test_the_model_learns():
     one = task(lr=1e-2, warmup_epochs=2)
     start = one.loss(one(batch()), batch()).item()

@@ -75,9 +75,12 @@ class Classification(Answers):
         super().__init__(model, labels, optimizer)
         self.label_smoothing = label_smoothing
         self.balanced = class_weights == "balanced"
-        self.register_buffer(
-            "class_weight", class_weight_tensor(class_weights, labels), persistent=False
-        )
+        weight = class_weight_tensor(class_weights, labels)
+        if self.balanced:
+            # Filled by setup, but there from the start: a moving average of the weights copies the
+            # task before that, and pairs its buffers with ours by their place.
+            weight = torch.ones(len(labels))
+        self.register_buffer("class_weight", weight, persistent=False)
 
     def setup(self, stage: str) -> None:
         if self.balanced and stage == "fit":
@@ -111,7 +114,9 @@ class Classification(Answers):
         self, metrics: MetricCollection, outputs: Tensor, batch: dict[str, Any]
     ) -> None:
         targets = batch["targets"]
-        metrics.update(outputs, targets.argmax(-1) if targets.is_floating_point() else targets)
+        # Calibration would take logits that happen to lie between 0 and 1 for probabilities.
+        classes = targets.argmax(-1) if targets.is_floating_point() else targets
+        metrics.update(outputs.float().softmax(-1), classes)
 
     def predictions(self, outputs: Tensor, batch: dict[str, Any]) -> list[dict[str, Any]]:
         rows = outputs.float().softmax(-1).tolist()
