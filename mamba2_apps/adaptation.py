@@ -88,11 +88,24 @@ def adapt(model: nn.Module, config: AdaptationConfig, *, start: bool = True) -> 
     if config.start is not None and start:
         parts = load_start(model, Path(config.start))
         print(f"{' and '.join(parts)} of {config.start} loaded", file=sys.stderr)
+    elif start and (config.freeze != "none" or config.lora_rank is not None):
+        print("nothing was loaded: what is frozen stays random; give --backbone", file=sys.stderr)
     if config.lora_rank is not None:
         add_lora(model.backbone, config.lora_rank, config.lora_alpha)  # type: ignore[arg-type]
     if config.unfreeze_epoch is None:  # else `Unfreeze` does it, and the optimizer has all of them
         for parameter in frozen_parameters(model, config, epoch=1):
             parameter.requires_grad_(False)
+        rest_frozen_norms(model)
+
+
+def rest_frozen_norms(model: nn.Module) -> None:
+    """Put batch norms into evaluation mode where they are frozen, and only there.
+
+    In training mode they would take each batch's statistics, and go on averaging them.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.train(any(parameter.requires_grad for parameter in module.parameters()))
 
 
 def load_start(model: nn.Module, path: Path) -> list[str]:
@@ -245,6 +258,7 @@ class Unfreeze(Callback):
         still = {id(p) for p in frozen_parameters(model, self.config, epoch=epoch)}  # type: ignore[arg-type]
         for parameter in frozen_parameters(model, self.config, epoch=1):  # type: ignore[arg-type]
             parameter.requires_grad_(id(parameter) not in still)
+        rest_frozen_norms(model)  # type: ignore[arg-type]
 
 
 def parameter_groups(

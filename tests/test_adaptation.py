@@ -1,5 +1,7 @@
 """Where weights start, what is frozen when, low-rank changes, rates by depth."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -8,6 +10,7 @@ from torch import nn
 from mamba2_apps import catalog, load, runs
 from mamba2_apps.adaptation import (
     AdaptationConfig,
+    Unfreeze,
     adapt,
     add_lora,
     depth_of_parameters,
@@ -19,7 +22,7 @@ from mamba2_apps.backbone import Backbone, BackboneConfig
 from mamba2_apps.heads import PooledHead
 from mamba2_apps.tasks import SequenceModel
 from mamba2_apps.training import Recorder
-from mamba2_apps.vision.adapter import PatchEmbedding
+from mamba2_apps.vision.adapter import ConvStem, PatchEmbedding
 from mamba2_apps.vision.digits import Digits
 
 SMALL = [
@@ -103,6 +106,29 @@ def test_frozen_weights_stay_bitwise_and_the_rest_trains(pretrained, tmp_path, f
         frozen = name.startswith("backbone." if freeze == "backbone" else ("backbone.", "adapter."))
         if not name.startswith("head."):
             assert torch.equal(tensor, start[name]) == frozen, name
+
+
+def test_frozen_batch_norms_rest_until_they_thaw(capsys):
+    def stem(config):
+        one = model()
+        one.adapter = ConvStem(16, image_size=8, in_chans=1, widths=(4, 8))
+        adapt(one, config)
+        return one, [m for m in one.modules() if isinstance(m, nn.BatchNorm2d)]
+
+    for freeze, rest in (("none", False), ("backbone", False), ("all_but_head", True)):
+        one, norms = stem(AdaptationConfig(freeze=freeze))
+        before = [norm.running_mean.clone() for norm in norms]
+        one(torch.randn(2, 1, 8, 8))
+        kept = [torch.equal(n.running_mean, mean) for n, mean in zip(norms, before, strict=True)]
+        assert set(kept) == {rest}
+    assert "what is frozen stays random; give --backbone" in capsys.readouterr().err
+
+    config = AdaptationConfig(freeze="all_but_head", unfreeze_epoch=2)
+    one, norms = stem(config)
+    for epoch, training in ((0, False), (1, True)):
+        place = SimpleNamespace(current_epoch=epoch)
+        Unfreeze(config).on_train_epoch_start(place, SimpleNamespace(model=one))
+        assert {norm.training for norm in norms} == {training}
 
 
 def test_blocks_thaw_from_the_last_one_by_the_epoch_alone():
