@@ -70,7 +70,14 @@ def train(recipe_path: Path, run: Path, overrides: Sequence[str] = ()) -> dict[s
         raise ValueError(f"{run} exists; give another --run, or continue it with --resume {run}")
     run.mkdir(parents=True, exist_ok=True)
     write_text(run / CONFIG, config)
-    return _train(recipe, run)
+    try:
+        return _train(recipe, run)
+    except Exception:
+        # A mistake found before training must not keep the corrected command from this folder.
+        if [path.name for path in run.iterdir()] == [CONFIG]:
+            (run / CONFIG).unlink()
+            run.rmdir()
+        raise
 
 
 def resume(run: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:

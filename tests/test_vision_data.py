@@ -383,6 +383,16 @@ def test_a_folder_of_photos_becomes_a_run_that_answers(trained):
     assert set(answers[0]["probabilities"]) == set(CLASSES)
 
 
+def test_a_mistake_found_before_training_leaves_no_run_behind(tmp_path):
+    folder = photos(tmp_path / "photos")
+    with pytest.raises(ValueError, match="photo does not exist"):
+        train("imagefolder", tmp_path / "photo", tmp_path / "run", 16)
+    words = [f"--data.folder={folder}", "--data.img_size=32"]
+    with pytest.raises(ValueError, match=r"data.img_size is 32, the model's \(224, 224\)"):
+        runs.train(catalog.find("vision/imagefolder"), tmp_path / "run", words)
+    assert not (tmp_path / "run").exists()
+
+
 def test_predict_keeps_the_likeliest_labels(trained, capsys):
     folder, run, _ = trained
     words = ["predict", str(run), str(folder / "dark" / "0.png"), "--device=cpu", "--top-k=2"]

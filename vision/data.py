@@ -20,7 +20,7 @@ from PIL import Image, UnidentifiedImageError
 from sklearn.model_selection import train_test_split
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup, create_transform
 from timm.data.readers import create_reader
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from mamba2_apps.data import DataModule, Preprocessing, Sample, UnreadableInput, files_under
@@ -391,6 +391,15 @@ class PhotoData(ImageData):
     @abstractmethod
     def find_images(self) -> None:
         """Fill `labels`, `train_set`, `val_set` and `test_set`."""
+
+    def prepare_model(self, model: nn.Module) -> None:
+        embedding: Any = getattr(getattr(model, "portable", model), "patch_embed", None)
+        size = getattr(embedding, "img_size", None)
+        if size and embedding.strict_img_size and tuple(size) != self.preprocessing.size:
+            raise ValueError(
+                f"data.img_size is {self.img_size}, the model's {tuple(size)}; give both the same, "
+                f"as in --model.img_size {self.img_size}"
+            )
 
     def _check_seen(self, part: ImageFiles) -> None:
         unseen = set(part.targets.tolist()) - set(self.class_of_samples().tolist())
