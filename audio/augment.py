@@ -59,6 +59,11 @@ class Augmentation:
         """Whether it changes when things are heard."""
         return self.shift_seconds > 0 or self.speed != (1.0, 1.0)
 
+    def fewest(self, samples: Tensor, sample_rate: int) -> Tensor:
+        """How many of a clip's samples, (…) int64, are left at least."""
+        left = (samples / self.speed[1]).long()
+        return left - (left // 10).clamp(max=round(self.shift_seconds * sample_rate))
+
 
 def change_speed(samples: Tensor, speed: tuple[float, float]) -> Tensor:
     """Play (n,) faster or slower by a random factor, to (about n / factor,) samples."""

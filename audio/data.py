@@ -234,6 +234,8 @@ class AudioData(DataModule):
                 f"model.adapter.features.sample_rate is {features.sample_rate} and "
                 f"data.sample_rate {self.sample_rate}, expected the same"
             )
+        if self.targets == "text":
+            self._check_room_for_texts(model.adapter)
         if self.targets == "events" and features.hop != frame_samples(self.sample_rate):
             raise ValueError(
                 f"model.adapter.features.hop_seconds is {features.hop_seconds}; events have a "
@@ -316,9 +318,24 @@ class AudioData(DataModule):
     def _speaks_too_fast(self, text: str, seconds: float) -> bool:
         if self.max_letters_per_second is None:
             return False
-        # A CTC needs a blank between equal letters.
-        needed = len(text) + sum(a == b for a, b in pairwise(text))
-        return needed > self.max_letters_per_second * seconds
+        return _tokens_needed(text) > self.max_letters_per_second * seconds
+
+    def _check_room_for_texts(self, adapter: Any) -> None:
+        """Raise ValueError where a CTC would have fewer tokens than letters: its loss is infinite,
+        and the weights are NaN from then on.
+        """
+        for dataset in (self.train_set, self.val_set, self.test_set):
+            samples = torch.tensor([int(s * self.sample_rate) for s in dataset.seconds])
+            if dataset is self.train_set:
+                samples = self.augmentation.fewest(samples, self.sample_rate)
+            tokens = adapter.token_counts(adapter.features.frame_counts(samples)).tolist()
+            for clip, room, seconds in zip(dataset.clips, tokens, dataset.seconds, strict=True):
+                if (needed := _tokens_needed(clip.text or "")) > room:
+                    raise ValueError(
+                        f"{clip.name}: a CTC needs {needed} tokens for its text, and has {room}, "
+                        "after data.augmentation at least; set data.max_letters_per_second to "
+                        f"{room / seconds:.0f} or less, or smaller model.adapter.strides"
+                    )
 
     def _leave_out(self, report: DataReport, kind: str, message: str) -> None:
         if self.strict:
@@ -470,6 +487,11 @@ def _check_changes(
             f"data.augmentation.mixup_alpha is {augmentation.mixup_alpha}; only label and labels "
             f"can be mixed, not {targets}"
         )
+
+
+def _tokens_needed(text: str) -> int:
+    """By a CTC, which needs a blank between equal letters."""
+    return len(text) + sum(a == b for a, b in pairwise(text))
 
 
 def _split(

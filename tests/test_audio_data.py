@@ -236,6 +236,25 @@ def test_a_clip_in_which_nothing_is_said_is_a_clip(tmp_path):
     assert data.preprocessing.collate(silent)["targets"].dtype == torch.long
 
 
+def test_texts_that_a_ctc_has_no_room_for_are_named(tmp_path):
+    from mamba2_apps.audio.models import audio_model
+
+    for number in range(8):
+        write(tmp_path / f"{number}.wav", seconds=1.0)
+    rows = "".join(f"{number}.wav,{'ab' * 12}\n" for number in range(8))
+    (tmp_path / "t.csv").write_text("path,text\n" + rows)
+    model = audio_model(2, tokens="frame", head="ctc")  # 25 tokens for a clip
+    source = str(tmp_path / "t.csv")
+    data = AudioData(source=source, targets="text")
+    data.setup("test")
+    data.prepare_model(model)
+    faster = Augmentation(speed=(0.9, 1.1))
+    data = AudioData(source=source, targets="text", augmentation=faster)
+    data.setup("test")
+    with pytest.raises(ValueError, match=r"needs 24 tokens for its text, and has 23, .* to 23 or"):
+        data.prepare_model(model)
+
+
 def test_events_are_in_the_frames_of_the_features_at_any_rate(tmp_path):
     from mamba2_apps.audio.models import audio_model
 

@@ -24,7 +24,7 @@ class CTC(Task):
     (b, s) int64 indices into them, -100 after the end.
 
     The loss of a batch is the mean over its inputs of the loss per letter. Where an input has fewer
-    tokens than its text needs, the loss is infinite: a data module leaves such inputs out by name.
+    tokens than its text needs, the loss is infinite: a data module names such inputs before.
     """
 
     def build_metrics(self, part: str) -> dict[str, Metric]:
