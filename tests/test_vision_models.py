@@ -214,6 +214,8 @@ def test_layer_decay_and_weight_decay_know_every_parameter():
     assert blocks[0] < blocks[1] < blocks[2] <= 1
     assert scale["pos_embed"] == scale["patch_embed.proj.weight"] < blocks[0]
     assert decay["backbone.layers.1.mixer.A_log"] == decay["pos_embed"] == 0
+    for one in (model, timm.create_model(TINY, depth=1, class_token=True)):
+        assert one.no_weight_decay() <= set(dict(one.named_parameters()))
 
 
 def test_gradient_checkpointing_changes_no_gradient():
@@ -222,6 +224,7 @@ def test_gradient_checkpointing_changes_no_gradient():
     for again in (False, True):
         model = small().train()
         model.set_grad_checkpointing(again)
+        assert model.grad_checkpointing == again  # timm's name
         model(images).square().sum().backward()
         gradients.append([p.grad for p in model.parameters()])
     for first, second in zip(*gradients, strict=True):

@@ -11,7 +11,7 @@ class token) · d_model d · classes k
 import copy
 import math
 from dataclasses import replace
-from typing import Any, Final, Literal
+from typing import Any, ClassVar, Final, Literal
 
 import torch
 import torch.nn.functional as F
@@ -228,6 +228,7 @@ class BiMamba2(nn.Module):
     """
 
     dynamic_img_size: Final[bool]
+    __jit_unused_properties__: ClassVar = ["grad_checkpointing"]
 
     def __init__(
         self,
@@ -326,10 +327,8 @@ class BiMamba2(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        mixer = ("A_log", "dt_bias", ".D")
-        return {"pos_embed", "cls_token"} | {
-            name for name, _ in self.named_parameters() if name.endswith(mixer)
-        }
+        exempt = ("pos_embed", "cls_token", "A_log", "dt_bias", ".D")
+        return {name for name, _ in self.named_parameters() if name.endswith(exempt)}
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -340,6 +339,11 @@ class BiMamba2(nn.Module):
             if coarse
             else [(r"^backbone\.layers\.(\d+)", None), (r"^backbone\.norm_f", (99999,))],
         }
+
+    @property
+    def grad_checkpointing(self) -> bool:
+        """What `set_grad_checkpointing` set."""
+        return self.backbone.config.gradient_checkpointing
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
