@@ -218,6 +218,8 @@ def test_class_weights_follow_the_data_or_the_recipe():
     logits, data = torch.randn(6, 3), batch()
     weighted = nn.functional.cross_entropy(logits, data["targets"], torch.tensor([1.0, 2, 3]))
     torch.testing.assert_close(one.train().loss(logits, data), weighted)
+    one = Classification(model(), LABELS, OPTIMIZER, class_weights=[0, 1, 1]).train()
+    assert one.loss(logits, data | {"targets": torch.zeros(6, dtype=torch.int64)}) == 0
     with pytest.raises(ValueError, match=r"class_weights is \[1\].*for each of \['a', 'b', 'c'\]"):
         Classification(model(), LABELS, OPTIMIZER, class_weights=[1])
 

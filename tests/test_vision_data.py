@@ -16,7 +16,13 @@ import mamba2_apps
 from mamba2_apps import catalog, cli, runs
 from mamba2_apps.data import UnreadableInput
 from mamba2_apps.vision.augmentation import erase, shift_and_flip
-from mamba2_apps.vision.data import ImageFolder, PhotoAugmentation, TimmImages, open_image
+from mamba2_apps.vision.data import (
+    ImageFolder,
+    PhotoAugmentation,
+    TimmImages,
+    held_out,
+    open_image,
+)
 from mamba2_apps.vision.fashion_mnist import LABELS, FashionMNIST
 from mamba2_apps.vision.shards import ShardedImages
 
@@ -51,6 +57,18 @@ def test_held_out_parts_are_fixed_disjoint_and_have_every_class(tmp_path):
         assert set(part.targets) == {0, 1, 2}
     assert data.labels == list(CLASSES)
     assert data.val_set[0]["inputs"].shape == (3, 16, 16)
+
+
+@pytest.mark.parametrize("rare", [3, 4])
+def test_each_part_has_every_class_however_rare(rare):
+    targets = [0] * 200 + [1] * rare
+    parts = held_out(range(len(targets)), targets, 0.1, 0.2)
+    assert sorted(source for sources, _ in parts for source in sources) == [*range(len(targets))]
+    for sources, classes in parts:
+        assert set(classes) == {0, 1}
+        assert classes == [targets[source] for source in sources]
+    with pytest.raises(ValueError, match="class number 1 has 1 images, expected at least 2"):
+        held_out(range(21), [0] * 20 + [1], 0.1, 0.0)
 
 
 def test_given_parts_are_taken_and_validation_is_the_test_without_one(tmp_path):

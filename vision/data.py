@@ -603,16 +603,29 @@ class _Fetch:
 def held_out(
     sources: Sequence[Any], targets: Sequence[int], val_fraction: float, test_fraction: float
 ) -> list[tuple[list[Any], list[int]]]:
-    """Training, validation and test parts of images: fixed, disjoint, stratified by class."""
+    """Training, validation and test parts of images: fixed, disjoint, stratified by class.
+
+    Each part has every class. Raises ValueError for a class with too few images for that.
+    """
     fit, classes = np.arange(len(targets)), np.asarray(targets)
+    fractions = (test_fraction, val_fraction / (1 - test_fraction))
+    counts, needed = np.bincount(classes), 1 + sum(fraction > 0 for fraction in fractions)
+    for number in np.flatnonzero((counts > 0) & (counts < needed)):
+        raise ValueError(
+            f"class number {number} has {counts[number]} images, expected at least {needed}, one "
+            "for each part; add some, remove the class or give the parts apart"
+        )
     parts: list[np.ndarray] = []
-    for fraction in (test_fraction, val_fraction / (1 - test_fraction)):
+    for fraction in fractions:
         held: np.ndarray = fit[:0]
         if fraction:
             count = max(round(fraction * len(fit)), len(np.unique(classes)))
             fit, held = train_test_split(
                 fit, test_size=count, stratify=classes[fit], random_state=0
             )
+            for number in np.setdiff1d(classes, classes[held]):  # rare: its share rounds to none
+                first = np.flatnonzero(classes[fit] == number)[0]
+                fit, held = np.delete(fit, first), np.append(held, fit[first])
         parts.append(held)
     test, val = parts
     return [

@@ -106,9 +106,13 @@ class Classification(Answers):
         smoothing, weight = (
             (self.label_smoothing, self.class_weight) if self.training else (0, None)
         )
-        return F.cross_entropy(
-            outputs.float(), batch["targets"], weight=weight, label_smoothing=smoothing
+        logits, targets = outputs.float(), batch["targets"]
+        if weight is None or targets.is_floating_point():
+            return F.cross_entropy(logits, targets, weight=weight, label_smoothing=smoothing)
+        total = F.cross_entropy(
+            logits, targets, weight=weight, label_smoothing=smoothing, reduction="sum"
         )
+        return total / weight[targets].sum().clamp(min=1e-12)  # all may have weight 0
 
     def update_metrics(
         self, metrics: MetricCollection, outputs: Tensor, batch: dict[str, Any]
