@@ -446,12 +446,14 @@ def _read_gzi(path: Path) -> tuple[list[int], list[int]]:
 def _unpacked(path: Path) -> IO[bytes]:
     """An unnamed temporary file with a gzip file's bytes; it vanishes with its last user."""
     file = tempfile.TemporaryFile(prefix="mamba2-apps-")  # noqa: SIM115
+    lines = 0
     try:
         with open_binary(path) as source:
-            while piece := source.read(1 << 18):
+            while piece := source.read(1 << 16):
                 file.write(piece)
+                lines += piece.count(b"\n")
     except (EOFError, zlib.error, OSError) as error:
         file.close()
-        raise truncated(path, 0) from error
+        raise truncated(path, lines) from error
     file.flush()
     return file

@@ -53,10 +53,10 @@ def read_lines(path: str | PathLike[str]) -> Iterator[tuple[int, str]]:
 
 
 def truncated(path: str | PathLike[str], line: int) -> UnreadableInput:
-    """The error for a compressed file that ends too early or is damaged."""
+    """The error for a compressed file that is truncated or damaged; line 0: not known where."""
+    place = f" after line {line:,}" if line else ""
     return UnreadableInput(
-        f"{fspath(path)}: the compressed file is truncated or damaged after line {line}; fetch it "
-        "again"
+        f"{fspath(path)}: the compressed file is truncated or damaged{place}; fetch it again"
     )
 
 

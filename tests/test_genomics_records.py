@@ -108,10 +108,11 @@ def test_other_files_that_are_no_genome(tmp_path):
     with pytest.raises(UnreadableInput, match=r"r\.fa:3: the lines of 'a' have different lengths"):
         Genome(ragged)
     assert next(read_fasta(ragged)).sequence == "ACGTACACGT"
-    data = gzip.compress((">a\n" + "ACGT" * 20000).encode())
+    lines = np.random.default_rng(0).choice(list("ACGT"), (20000, 20))
+    data = gzip.compress((">a\n" + "\n".join("".join(line) for line in lines)).encode())
     cut = write(tmp_path / "cut.fa.gz", data[: len(data) // 2])
     for read in (Genome, lambda path: list(read_fasta(path))):
-        with pytest.raises(UnreadableInput, match=r"cut\.fa\.gz: the compressed file is truncated"):
+        with pytest.raises(UnreadableInput, match=r"cut\.fa\.gz: .* truncated.* after line \d"):
             read(cut)
     with pytest.raises(UnreadableInput, match="does not exist"):
         Genome(tmp_path / "none.fa")
