@@ -273,6 +273,11 @@ class AudioData(DataModule):
         for clip, found in zip(clips, manifest.inspect(clips, decode=self.decode_all), strict=True):
             if isinstance(found, str):
                 self._leave_out(report, manifest.kind_of(found), found)
+                continue
+            channel = self.channel if clip.channel is None else clip.channel
+            if channel is not None and not 0 <= channel < found.channels:
+                message = f"{clip.name}: channel {channel} was asked for, it has {found.channels}"
+                self._leave_out(report, "missing channels", message)
             else:
                 kept.append(clip)
                 sounds.append(found)

@@ -75,7 +75,7 @@ def read_audio(
     """
     if _by_pyav(path):
         samples, rate = _read_pyav(path)
-        samples = samples[:, _part(path, start, end, rate, samples.shape[1])]
+        samples = samples[:, part_of(path, start, end, rate, samples.shape[1])]
     else:
         samples, rate = _read_soundfile(path, start, end, whole)
     if samples.shape[1] == 0:
@@ -155,7 +155,7 @@ def _read_soundfile(
     path: Source, start: float, end: float | None, whole: bool
 ) -> tuple[np.ndarray, int]:
     with open_sound(path, whole=whole) as file:
-        part = _part(path, start, end, file.samplerate, file.frames)
+        part = part_of(path, start, end, file.samplerate, file.frames)
         promised = part.stop - part.start
         try:
             file.seek(part.start)
@@ -257,7 +257,11 @@ def _read_pyav(path: Source) -> tuple[np.ndarray, int]:
     return samples.astype(np.float32, copy=False), rate
 
 
-def _part(path: Source, start: float, end: float | None, rate: int, frames: int) -> slice:
+def part_of(path: Source, start: float, end: float | None, rate: int, frames: int) -> slice:
+    """The samples of a file of `frames` from one second to another.
+
+    Raises UnreadableInput where they do not lie within it.
+    """
     first = round(start * rate)
     last = frames if end is None else round(end * rate)
     # Tables are rounded to milliseconds: a part may end a few samples after the file.

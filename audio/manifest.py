@@ -29,7 +29,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from sklearn.model_selection import StratifiedGroupKFold
 
-from mamba2_apps.audio.decoding import AUDIO_SUFFIXES, read_audio, read_header
+from mamba2_apps.audio.decoding import AUDIO_SUFFIXES, part_of, read_audio, read_header
 from mamba2_apps.data import UnreadableInput
 from mamba2_apps.shards import CLASSES, Entry, class_names, find_files, read_index
 
@@ -349,7 +349,9 @@ def _look(clip: Clip, decode: bool) -> Sound | str:
     try:
         if not decode:
             header = read_header(clip.file)
-            seconds = (clip.end or header.seconds) - clip.start
+            frames = round(header.seconds * header.rate)
+            part = part_of(clip.file, clip.start, clip.end, header.rate, frames)
+            seconds = (part.stop - part.start) / header.rate
             return Sound(header.rate, header.channels, seconds, None, 0)
         recording = read_audio(clip.file, start=clip.start, end=clip.end)
     except UnreadableInput as error:

@@ -93,6 +93,20 @@ def test_every_bad_input_is_named_counted_and_left_out(tmp_path):
         AudioData(source=str(table), labels=["cat", "dog"], strict=True).setup("test")
 
 
+@pytest.mark.parametrize("decode_all", [True, False])
+def test_parts_and_channels_that_are_not_there_are_left_out(tmp_path, decode_all):
+    for number in range(12):
+        write(tmp_path / f"{number}.wav", channels=1 + (number < 11))
+    rows = [f"{number}.wav,{'ab'[number % 2]},{0.5 if number == 0 else ''}" for number in range(12)]
+    (tmp_path / "t.csv").write_text("path,label,start\n" + "\n".join(rows) + "\n")
+    data = AudioData(source=str(tmp_path / "t.csv"), channel=1, decode_all=decode_all)
+    data.setup("test")
+    problems = data.data_report.problems
+    assert data.data_report.clips == 10
+    assert "0.wav: the part from 0.5 to its end" in problems["parts outside their file"][0]
+    assert "11.wav: channel 1 was asked for, it has 1" in problems["missing channels"][0]
+
+
 def test_nothing_left_is_fatal(tmp_path):
     (tmp_path / "list.csv").write_text("path,label\na.wav,x\nb.wav,y\n")
     with pytest.raises(ValueError, match=r"no clip of .* can be used: 2 missing files; the first"):
