@@ -88,6 +88,12 @@ def adapt(model: nn.Module, config: AdaptationConfig, *, start: bool = True) -> 
     if config.start is not None and start:
         parts = load_start(model, Path(config.start))
         print(f"{' and '.join(parts)} of {config.start} loaded", file=sys.stderr)
+        if "adapter" not in parts and config.freeze == "all_but_head":
+            print(
+                f"the adapter is not that of {config.start}: it is frozen with random weights; "
+                "--adaptation.freeze backbone trains it",
+                file=sys.stderr,
+            )
     elif start and (config.freeze != "none" or config.lora_rank is not None):
         print("nothing was loaded: what is frozen stays random; give --backbone", file=sys.stderr)
     if config.lora_rank is not None:

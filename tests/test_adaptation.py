@@ -80,12 +80,15 @@ def test_a_backbone_starts_from_a_run_or_a_saved_backbone(pretrained, tmp_path):
         assert torch.equal(ours, theirs)
 
 
-def test_an_adapter_of_other_shapes_keeps_its_own_weights(pretrained):
+def test_an_adapter_of_other_shapes_keeps_its_own_weights(pretrained, capsys):
     one = model(patch_size=4)
     before = {name: tensor.clone() for name, tensor in one.adapter.state_dict().items()}
     adapt(one, AdaptationConfig(start=str(pretrained)))
     for name, tensor in one.adapter.state_dict().items():
         assert torch.equal(tensor, before[name])
+    assert "frozen" not in capsys.readouterr().err
+    adapt(one, AdaptationConfig(start=str(pretrained), freeze="all_but_head"))
+    assert "it is frozen with random weights" in capsys.readouterr().err
 
 
 def test_a_backbone_that_does_not_fit_is_refused_by_name(pretrained, tmp_path):
