@@ -13,7 +13,7 @@ from PIL import Image, ImageFile
 from torch._utils import ExceptionWrapper
 
 import mamba2_apps
-from mamba2_apps import catalog, cli, runs
+from mamba2_apps import catalog, cli, recipes, runs
 from mamba2_apps.data import UnreadableInput
 from mamba2_apps.vision.augmentation import erase, shift_and_flip
 from mamba2_apps.vision.data import (
@@ -409,6 +409,14 @@ def test_a_mistake_found_before_training_leaves_no_run_behind(tmp_path):
     with pytest.raises(ValueError, match=r"data.img_size is 32, the model's \(224, 224\)"):
         runs.train(catalog.find("vision/imagefolder"), tmp_path / "run", words)
     assert not (tmp_path / "run").exists()
+
+
+def test_null_on_the_command_line_is_no_policy():
+    path = catalog.find("vision/imagefolder")
+    for words in (["--data.augmentation.auto_augment=null"], []):
+        recipe, text = recipes.read(path, words)
+        assert (recipe.data.augmentation.auto_augment is None) == bool(words)
+    assert "auto_augment: rand" in text
 
 
 def test_predict_keeps_the_likeliest_labels(trained, capsys):

@@ -319,6 +319,10 @@ class PhotoAugmentation:
     auto_augment: str | None = "rand-m9-mstd0.5-inc1"
     erase: float = 0.25
 
+    def __post_init__(self) -> None:
+        if self.auto_augment == "None":  # what jsonargparse makes of null over a text, this deep
+            self.auto_augment = None
+
 
 class PhotoData(ImageData):
     """Photos that are decoded and augmented as they are read. A subclass finds them.
