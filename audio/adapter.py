@@ -38,9 +38,12 @@ class AudioAdapter(nn.Module):
     target_size: int
     mask_token: Tensor
 
-    def __init__(self, d_model: int, features: Features, maskable: bool) -> None:
+    def __init__(self, d_model: int, features: Features, dropout: float, maskable: bool) -> None:
         super().__init__()
+        if not 0 <= dropout < 1:
+            raise ValueError(f"adapter.dropout is {dropout}, expected at least 0 and below 1")
         self.features, self.maskable = features, maskable
+        self.dropout = nn.Dropout(dropout)
         if maskable:
             self.mask_token = nn.Parameter(torch.empty(d_model))
             trunc_normal_(self.mask_token, std=0.02)
@@ -80,7 +83,7 @@ class AudioAdapter(nn.Module):
         if hide is not None and not self.maskable:
             raise ValueError("hide was given; build the adapter with maskable=True")
         features, counts = self.features(inputs, mask)
-        tokens = self.embed(features, hide)
+        tokens = self.dropout(self.embed(features, hide))
         if counts is None:
             return tokens, None
         return tokens, data_positions(self.token_counts(counts), tokens.shape[1])
@@ -102,6 +105,7 @@ class FrameTokens(AudioAdapter):
         features: called with nothing, gives the `Features`.
         strides: stride in time of each convolution; their product is frames per token.
         channels: of the convolutions.
+        dropout: part of the embeddings' values that training sets to 0.
         maskable: own a mask token.
     """
 
@@ -114,9 +118,10 @@ class FrameTokens(AudioAdapter):
         features: Callable[[], Features],
         strides: Sequence[int] = (2, 2),
         channels: int = 64,
+        dropout: float = 0.0,
         maskable: bool = False,
     ) -> None:
-        super().__init__(d_model, features(), maskable)
+        super().__init__(d_model, features(), dropout, maskable)
         if not strides or min(strides) < 1:
             raise ValueError(f"adapter.strides is {list(strides)}, expected steps of at least 1")
         self.strides = tuple(strides)
@@ -183,6 +188,7 @@ class PatchTokens(AudioAdapter):
         d_model: width of the embeddings.
         features: called with nothing, gives the `Features`.
         patch_size: frames and mel bins of a patch.
+        dropout: part of the embeddings' values that training sets to 0.
         maskable: own a mask token.
     """
 
@@ -192,9 +198,10 @@ class PatchTokens(AudioAdapter):
         *,
         features: Callable[[], Features],
         patch_size: int = 16,
+        dropout: float = 0.0,
         maskable: bool = False,
     ) -> None:
-        super().__init__(d_model, features(), maskable)
+        super().__init__(d_model, features(), dropout, maskable)
         if patch_size < 1 or self.features.num_mels % patch_size:
             raise ValueError(
                 f"adapter.patch_size is {patch_size}, expected a divisor of the "
