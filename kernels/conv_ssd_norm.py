@@ -5,6 +5,8 @@ Dimension legend: batch b · seqlen l · nheads h · headdim p · ngroups g · d
 
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .causal_conv1d import causal_conv1d
@@ -38,6 +40,7 @@ def conv_ssd_norm(
     group_size: int | None = None,
     norm_before_gate: bool = False,
     cu_seqlens: Tensor | None = None,
+    projection: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Convolution with SiLU over (x, B, C), scan, and norm beside the gate z.
@@ -57,6 +60,8 @@ def conv_ssd_norm(
         norm_weight: (h p,).
         headdim, ngroups, d_state: p, g and n.
         group_size: channels that share an RMS. None: h p.
+        projection: (d, h p), the weight of the block's second projection; its products are then
+            the answer, (b, l, d). Without gradients, since a backward needs what it multiplies.
         Others as in `ssd` and `gated_rms_norm`.
 
     Returns:
@@ -64,20 +69,40 @@ def conv_ssd_norm(
 
     Raises:
         ValueError: an argument's shape, dtype, device or value is not as above.
-        RuntimeError: the backend asked for cannot run here.
+        RuntimeError: the backend asked for cannot run here; a projection where gradients are
+            recorded.
     """
     (zxBCdt,) = autocast(zxBCdt)
     tensors = zxBCdt, conv_weight, conv_bias, dt_bias, A, D, norm_weight, cu_seqlens
     _check(*tensors, headdim, ngroups, d_state, dt_limit)
     group_size = group_size or norm_weight.shape[0]
     options = eps, group_size, norm_before_gate
+    if projection is not None:
+        _check_projection(projection, norm_weight, zxBCdt)
     if resolve_backend(backend, zxBCdt) == "triton":
         from . import conv_ssd_norm_triton
 
-        return conv_ssd_norm_triton.conv_ssd_norm(
-            *tensors, headdim, ngroups, d_state, float(dt_limit[0]), float(dt_limit[1]), *options
+        limits = float(dt_limit[0]), float(dt_limit[1])
+        settings = headdim, ngroups, d_state, *limits, *options
+        if projection is None:
+            return conv_ssd_norm_triton.conv_ssd_norm(*tensors, *settings)
+        return conv_ssd_norm_triton.conv_ssd_norm_linear(
+            *tensors[:7], projection, cu_seqlens, *settings
         )
-    return _torch(*tensors, headdim, ngroups, d_state, dt_limit, *options)
+    y = _torch(*tensors, headdim, ngroups, d_state, dt_limit, *options)
+    return y if projection is None else F.linear(y, projection.to(y.dtype))
+
+
+def _check_projection(projection: Tensor, norm_weight: Tensor, zxBCdt: Tensor) -> None:
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (projection, norm_weight, zxBCdt)):
+        raise RuntimeError(
+            "projection was given while gradients are recorded; call under torch.no_grad(), or "
+            "multiply by it afterwards"
+        )
+    if projection.dim() != 2 or projection.shape[1] != norm_weight.shape[0]:
+        raise ValueError(
+            f"projection has shape {tuple(projection.shape)}, expected (d, {norm_weight.shape[0]})"
+        )
 
 
 def _check(

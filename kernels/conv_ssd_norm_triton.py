@@ -11,9 +11,10 @@ Dimension legend: batch b · seqlen l · nheads h · headdim p · ngroups g · d
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from . import causal_conv1d_triton, gated_rms_norm_triton, ssd_triton
+from . import causal_conv1d_triton, gated_rms_norm_triton, norm_linear_triton, ssd_triton
 from .dispatch import is_plain
 from .registration import register
 
@@ -70,15 +71,25 @@ def _forward(
     norm_before_gate: bool,
 ) -> tuple[Tensor, Tensor]:
     """y, and for the backward what the scan gave."""
+    z, scanned = _scanned(
+        zxBCdt, conv_weight, conv_bias, dt_bias, A, D, cu_seqlens, headdim, ngroups, d_state, low,
+        high,
+    )  # fmt: skip
+    y = gated_rms_norm_triton._forward(scanned, norm_weight, z, eps, group_size, norm_before_gate)
+    return y, scanned
+
+
+def _scanned(
+    zxBCdt, conv_weight, conv_bias, dt_bias, A, D, cu_seqlens, headdim, ngroups, d_state, low, high
+) -> tuple[Tensor, Tensor]:
+    """z, a view, and what the scan gives, (b, l, h p)."""
     sizes = _Sizes(A.shape[-1], headdim, ngroups, d_state, A.dim())
     z, xBC, dt = sizes.parts(zxBCdt.contiguous())
     x, B, C = sizes.split(_convolved(xBC, conv_weight, conv_bias, cu_seqlens))
     scanned, _, _ = ssd_triton._forward(
         x, dt, A, B, C, D, None, dt_bias, None, cu_seqlens, True, low, high, False, False, False
     )
-    scanned = scanned.view(z.shape)
-    y = gated_rms_norm_triton._forward(scanned, norm_weight, z, eps, group_size, norm_before_gate)
-    return y, scanned
+    return z, scanned.view(z.shape)
 
 
 def _convolved(
@@ -186,6 +197,55 @@ _Direct = register(
     _differentiate,
     _setup_context,
 )
+
+
+def _forward_projected(
+    zxBCdt: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor | None,
+    norm_weight: Tensor,
+    projection: Tensor,
+    cu_seqlens: Tensor | None,
+    headdim: int,
+    ngroups: int,
+    d_state: int,
+    low: float,
+    high: float,
+    eps: float,
+    group_size: int,
+    norm_before_gate: bool,
+) -> Tensor:
+    z, scanned = _scanned(
+        zxBCdt, conv_weight, conv_bias, dt_bias, A, D, cu_seqlens, headdim, ngroups, d_state, low,
+        high,
+    )  # fmt: skip
+    projection = projection.to(scanned.dtype)
+    if norm_linear_triton.serves(scanned, projection, group_size, norm_before_gate):
+        return norm_linear_triton.norm_linear(scanned, z, norm_weight, projection, eps)
+    y = gated_rms_norm_triton._forward(scanned, norm_weight, z, eps, group_size, norm_before_gate)
+    return F.linear(y, projection)
+
+
+torch.library.define(
+    "mamba2_apps::conv_ssd_norm_linear_triton",
+    f"({_TENSORS.replace('norm_weight', 'norm_weight, Tensor projection')}, {_SETTINGS}) -> Tensor",
+)
+torch.library.impl("mamba2_apps::conv_ssd_norm_linear_triton", ("cpu", "cuda"))(_forward_projected)
+
+
+@torch.library.register_fake("mamba2_apps::conv_ssd_norm_linear_triton")
+def _(zxBCdt, *rest) -> Tensor:
+    return zxBCdt.new_empty(*zxBCdt.shape[:2], rest[6].shape[0])
+
+
+def conv_ssd_norm_linear(*inputs: Any) -> Tensor:
+    """`kernels.conv_ssd_norm` with a projection, on checked arguments, without gradients."""
+    if is_plain(*inputs[:9]):
+        return _forward_projected(*inputs)
+    return torch.ops.mamba2_apps.conv_ssd_norm_linear_triton(*inputs)
 
 
 def conv_ssd_norm(*inputs: Any) -> Tensor:

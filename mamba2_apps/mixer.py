@@ -383,6 +383,8 @@ class Mamba2(nn.Module):
             fill[sum(self._split_sizes[:-1]) :] = _DT_OF_PADDING
             zxBCdt = torch.where(padding, fill, zxBCdt)
         norm: Any = self.norm
+        # Without gradients the second projection is part of it, and the norm's output stays inside.
+        projects = not torch.is_grad_enabled() and self.out_proj.bias is None
         y = conv_ssd_norm(
             zxBCdt,
             self.conv1d.weight.squeeze(1),
@@ -399,8 +401,9 @@ class Mamba2(nn.Module):
             group_size=norm.group_size,
             norm_before_gate=norm.norm_before_gate,
             cu_seqlens=cu_seqlens,
+            projection=self.out_proj.weight if projects else None,
         )
-        return self.out_proj(y)
+        return y if projects else self.out_proj(y)
 
     def _project_in_aligned(self, u: Tensor) -> Tensor:
         """in_proj(u), with further columns of 0 that round a row of half types up to 16 bytes.

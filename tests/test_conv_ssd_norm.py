@@ -5,6 +5,7 @@ import torch
 
 from mamba2_apps import kernels
 from mamba2_apps.kernels import conv_ssd_norm
+from mamba2_apps.kernels.norm_linear_triton import norm_linear
 from mamba2_apps.mixer import Mamba2
 
 GPU = [pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -70,6 +71,47 @@ def test_packed_groups_and_options():
     tensors, options = draw(1, 21, 4, 4, 2, 4, 2, further=0, matrix=True, bias=False)
     bounds = torch.tensor([0, 1, 13, 21], dtype=torch.int32)
     compare(tensors, {**options, "cu_seqlens": bounds, "group_size": 8, "norm_before_gate": True})
+
+
+@pytest.mark.parametrize(
+    ("dtype", "outputs", "device"),
+    [
+        (torch.float32, 24, "cpu"),
+        # Triton's interpreter multiplies no bfloat16.
+        *[pytest.param(torch.bfloat16, n, "cuda", marks=pytest.mark.gpu) for n in (24, 192, 300)],
+        pytest.param(torch.float32, 192, "cuda", marks=pytest.mark.gpu),
+    ],
+)
+def test_with_the_projection_after_it(dtype, outputs, device):
+    tensors, options = draw(2, 37, 4, 32, 1, 8, 2, further=4, device=device)
+    tensors["zxBCdt"] = tensors["zxBCdt"].to(dtype)
+    projection = torch.randn(outputs, 128, device=device) / 128**0.5
+    with torch.no_grad():
+        got = conv_ssd_norm(**tensors, **options, projection=projection, backend="triton")
+        double = {k: t.double() for k, t in tensors.items()}
+        want = conv_ssd_norm(**double, **options, backend="torch") @ projection.double().T
+    assert got.dtype == dtype
+    assert (got.double() - want).norm() < TOLERANCE[dtype] * want.norm()
+
+
+@pytest.mark.parametrize("outputs", [5, 24])
+def test_norm_and_product_in_one_pass(outputs):
+    torch.manual_seed(0)
+    rows = torch.randn(2, 70, 300)
+    x, z = rows[..., 150:278], rows[..., 2:130]
+    weight, projection = torch.rand(128) + 0.5, torch.randn(outputs, 128)
+    got = norm_linear(x, z, weight, projection, 1e-5)
+    want = kernels.gated_rms_norm(x.double(), weight.double(), z.double()) @ projection.double().T
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+
+
+def test_a_projection_that_gradients_would_need_is_refused():
+    tensors, options = draw(1, 5, 2, 4, 1, 4, 2, further=0)
+    projection = torch.randn(3, 8, requires_grad=True)
+    with pytest.raises(RuntimeError, match="while gradients are recorded"):
+        conv_ssd_norm(**tensors, **options, projection=projection)
+    with pytest.raises(ValueError, match=r"projection has shape \(8, 3\), expected \(d, 8\)"):
+        conv_ssd_norm(**tensors, **options, projection=projection.detach().T)
 
 
 def test_is_registered_as_torch_asks():
