@@ -28,6 +28,8 @@ class Augmentation:
         noise_probability: how often noise is added.
         noise_snr_db: least and largest ratio of signal to noise, in dB.
         noise: a folder of recordings to add; null: white noise.
+        join_probability: how often another clip with its text comes after the clip, so that what a
+            text begins with tells less of how it ends.
         mixup_alpha: two clips are added, in shares drawn from Beta(alpha, alpha), and so are their
             labels (Zhang et al. 2018); 0: never.
     """
@@ -38,16 +40,18 @@ class Augmentation:
     noise_probability: float = 0.0
     noise_snr_db: tuple[float, float] = (10.0, 30.0)
     noise: str | None = None
+    join_probability: float = 0.0
     mixup_alpha: float = 0.0
 
     def __post_init__(self) -> None:
         low, high = self.speed
         if not 0.5 <= low <= high <= 2:
             raise ValueError(f"data.augmentation.speed is {self.speed}, expected within 0.5 to 2")
-        if not 0 <= self.noise_probability <= 1:
-            raise ValueError(
-                f"data.augmentation.noise_probability is {self.noise_probability}, expected 0 to 1"
-            )
+        for name in ("noise_probability", "join_probability"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(
+                    f"data.augmentation.{name} is {getattr(self, name)}, expected 0 to 1"
+                )
         for name in ("gain_db", "shift_seconds", "mixup_alpha"):
             if getattr(self, name) < 0:
                 raise ValueError(

@@ -31,6 +31,7 @@ from mamba2_apps.files import write_json
 from mamba2_apps.shards import names_shards
 
 STATISTICS_CLIPS = 2000
+PAUSE_SECONDS = 0.2
 SHIPPED = "shipped:sounds"
 Layout = Literal["auto", "speechcommands", "esc50"]
 
@@ -195,6 +196,11 @@ class AudioData(DataModule):
         self.data_report = report
         if stage == "fit":
             print("\n".join(["data:", *(f"  {row}" for row in report.lines())]), file=sys.stderr)
+        if self.augmentation.join_probability > 0 and " " not in self.labels:
+            raise ValueError(
+                "data.augmentation.join_probability is set; joined texts have a space between them, "
+                "and no text has one: add ' ' to data.labels"
+            )
         self._seconds = {c: s.seconds for c, s in zip(clips, sounds, strict=True)}
         keep = report.seconds <= 60 * self.keep_minutes
         self.train_set, self.val_set, self.test_set = (
@@ -202,7 +208,10 @@ class AudioData(DataModule):
         )
 
     def augment(self, sample: Sample) -> Sample:
-        config, samples = self.augmentation, sample["inputs"]
+        config = self.augmentation
+        if config.join_probability > 0 and torch.rand(()) < config.join_probability:
+            sample = self._joined(sample)
+        samples = sample["inputs"]
         if config.speed != (1.0, 1.0):
             samples = augment.change_speed(samples, config.speed)
         if config.shift_seconds > 0:
@@ -212,6 +221,16 @@ class AudioData(DataModule):
         if config.gain_db > 0:
             samples = augment.change_gain(samples, config.gain_db)
         return {**sample, "inputs": samples}
+
+    def _joined(self, sample: Sample) -> Sample:
+        """A clip and its text, a pause, which is a space, and another one."""
+        other = self.train_set[int(torch.randint(len(self.train_set), ()))]
+        pause = torch.zeros(round(PAUSE_SECONDS * self.sample_rate))
+        space = torch.tensor([self.labels.index(" ")])
+        return {
+            "inputs": torch.cat([sample["inputs"], pause, other["inputs"]]),
+            "targets": torch.cat([sample["targets"], space, other["targets"]]),
+        }
 
     def mix(self, batch: Sample) -> Sample:
         if self.augmentation.mixup_alpha == 0:
@@ -486,6 +505,11 @@ def _check_changes(
     if targets == "events" and augmentation.moves:
         raise ValueError(
             "data.augmentation changes speed or shifts; events would no longer be where they are"
+        )
+    if targets != "text" and augmentation.join_probability > 0:
+        raise ValueError(
+            f"data.augmentation.join_probability is {augmentation.join_probability}, expected 0: "
+            f"only texts can be joined, not {targets}"
         )
     if targets in ("events", "text", "none") and augmentation.mixup_alpha > 0:
         raise ValueError(

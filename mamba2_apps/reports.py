@@ -19,11 +19,12 @@ def learning_curves(history: Sequence[dict[str, Any]], best_epoch: int | None, p
     """Draw every metric that training and validation share over the epochs, loss first."""
     names = [key.removeprefix("val/") for key in history[-1] if key.startswith("val/")]
     names.sort(key=lambda name: (name != "loss", name))
-    epochs = [row["epoch"] for row in history]
     figure = Figure(figsize=(4.6 * len(names), 3.6), layout="constrained")
     for axis, name in zip(np.atleast_1d(figure.subplots(1, len(names))), names, strict=True):
         for part, color in (("train", TRAIN_COLOR), ("val", VAL_COLOR)):
-            values = [row.get(f"{part}/{name}", np.nan) for row in history]
+            known = [row for row in history if f"{part}/{name}" in row]
+            epochs = [row["epoch"] for row in known]
+            values = [row[f"{part}/{name}"] for row in known]
             label = {"train": "training", "val": "validation"}[part]
             axis.plot(
                 epochs, values, color=color, label=label, marker="." if len(epochs) < 3 else ""

@@ -65,9 +65,11 @@ class TrainerConfig:
             validated, saved and used; null uses the weights themselves.
         monitor: what chooses the best epoch, such as val/loss.
         mode: whether the smallest or the largest value is best.
-        early_stop_patience: epochs without improvement after which training ends; null: never.
+        early_stop_patience: validations without improvement after which training ends; null: never.
+        check_val_every_n_epoch: epochs from one validation to the next, a divisor of max_epochs;
+            for epochs of few steps.
         checkpoint_every_n_steps: optimizer steps between checkpoints within an epoch; one is saved
-            at every epoch's end too.
+            after every validation too.
         deterministic: only deterministic algorithms on the GPU; the CPU's are.
     """
 
@@ -85,14 +87,20 @@ class TrainerConfig:
     monitor: str = "val/loss"
     mode: Literal["min", "max"] = "min"
     early_stop_patience: int | None = None
+    check_val_every_n_epoch: int = 1
     checkpoint_every_n_steps: int = 500
     deterministic: bool = False
 
     def __post_init__(self) -> None:
         counts = ("max_epochs", "devices", "num_nodes", "accumulate_batches")
-        for name in (*counts, "checkpoint_every_n_steps"):
+        for name in (*counts, "check_val_every_n_epoch", "checkpoint_every_n_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"trainer.{name} is {getattr(self, name)}, expected at least 1")
+        if self.max_epochs % self.check_val_every_n_epoch:
+            raise ValueError(
+                f"trainer.check_val_every_n_epoch is {self.check_val_every_n_epoch}, expected a "
+                f"divisor of trainer.max_epochs, {self.max_epochs}: the last epoch is validated"
+            )
         processes = self.devices * self.num_nodes
         if processes > 1 and self.parallel is None:
             raise ValueError(
@@ -155,6 +163,7 @@ def build_trainer(
         max_epochs=config.max_epochs,
         gradient_clip_val=config.gradient_clip,
         accumulate_grad_batches=config.accumulate_batches,
+        check_val_every_n_epoch=config.check_val_every_n_epoch,
         deterministic=config.deterministic,
         callbacks=callbacks,
         logger=logger,
@@ -299,7 +308,10 @@ class Recorder(Checkpoint):
         self._stop_if_interrupted()
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
-        values = {k: v.item() for k, v in trainer.callback_metrics.items() if "/" in k}
+        validated = (trainer.current_epoch + 1) % self.config.check_val_every_n_epoch == 0
+        # Lightning keeps the values of an earlier validation.
+        parts = ("train/", "val/") if validated else ("train/",)
+        values = {k: v.item() for k, v in trainer.callback_metrics.items() if k.startswith(parts)}
         row = {
             "epoch": trainer.current_epoch + 1,
             "step": trainer.global_step,
@@ -307,14 +319,14 @@ class Recorder(Checkpoint):
             **values,
         }
         self.rates = next(c.rates for c in trainer.callbacks if isinstance(c, Throughput))  # type: ignore[attr-defined]
-        score = self._score(values)
+        better = validated and self._better(self._score(values))
         self.history.append(row)
         self.stopped = trainer.should_stop
-        better = score < self.best_score if self.config.mode == "min" else score > self.best_score
         if better:
-            self.best_score, self.best_epoch = score, row["epoch"]
+            self.best_score, self.best_epoch = values[self.config.monitor], row["epoch"]
             trainer.save_checkpoint(self.run / BEST)
-        trainer.save_checkpoint(self.run / LAST)
+        if validated or self.interrupt.is_set():
+            trainer.save_checkpoint(self.run / LAST)
         if trainer.is_global_zero:
             self.write_table()
             if self.lines:
@@ -324,7 +336,9 @@ class Recorder(Checkpoint):
     def write_table(self) -> None:
         """Write one row per epoch into the RUN."""
         text = io.StringIO()
-        writer = csv.DictWriter(text, fieldnames=list(self.history[-1]), lineterminator="\n")
+        # Every epoch has the longest row's columns, but those of validation.
+        columns = list(max(self.history, key=len))
+        writer = csv.DictWriter(text, fieldnames=columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.history)
         write_text(self.run / METRICS_TABLE, text.getvalue())
@@ -358,6 +372,9 @@ class Recorder(Checkpoint):
                 "--trainer.precision fp32"
             )
         return values[monitor]
+
+    def _better(self, score: float) -> bool:
+        return score < self.best_score if self.config.mode == "min" else score > self.best_score
 
     def _line(self, row: dict[str, Any], better: bool) -> str:
         values = "  ".join(f"{k} {v:.4f}" for k, v in row.items() if "/" in k)

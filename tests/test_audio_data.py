@@ -269,6 +269,33 @@ def test_texts_that_a_ctc_has_no_room_for_are_named(tmp_path):
         data.prepare_model(model)
 
 
+def test_joined_clips_say_both_texts_with_a_pause_between(tmp_path):
+    for number in range(12):
+        write(tmp_path / f"{number}.wav", seconds=0.5 + number / 100)
+    rows = [f"{number}.wav,{chr(97 + number)}{number % 3}" for number in range(12)]
+
+    def data(rows):
+        (tmp_path / "t.csv").write_text("path,text\n" + "\n".join(rows))
+        joined = Augmentation(join_probability=1.0)
+        data = AudioData(source=str(tmp_path / "t.csv"), targets="text", augmentation=joined)
+        data.setup("fit")
+        return data
+
+    with pytest.raises(ValueError, match=r"no text has one: add ' ' to data\.labels"):
+        data(rows)
+    data = data([f"{row} z" for row in rows])
+    texts = ["".join(data.labels[i] for i in sample["targets"]) for sample in data.train_set]
+    for sample in data.train_set:
+        joined = data.augment(sample)
+        text = "".join(data.labels[i] for i in joined["targets"])
+        first = "".join(data.labels[i] for i in sample["targets"])
+        assert text.startswith(f"{first} ")
+        other = data.train_set[texts.index(text[len(first) + 1 :])]["inputs"]
+        pause = joined["inputs"][len(sample["inputs"]) : -len(other)]
+        assert torch.equal(pause, torch.zeros(3200))
+        assert torch.equal(joined["inputs"][-len(other) :], other)
+
+
 def test_events_are_in_the_frames_of_the_features_at_any_rate(tmp_path):
     from mamba2_apps.audio.models import audio_model
 
@@ -411,14 +438,16 @@ def test_noise_has_the_ratio_that_was_asked_for():
         ({"targets": "text", "crop_seconds": 1.0}, "does not say all of its text"),
         ({"targets": "events", "augmentation": {"speed": (0.9, 1.1)}}, "no longer be where"),
         ({"targets": "events", "augmentation": {"mixup_alpha": 0.3}}, "only label and labels"),
+        ({"augmentation": {"join_probability": 0.5}}, "only texts can be joined, not label"),
+        ({"augmentation": {"join_probability": 2.0}}, "join_probability is 2.0, expected 0 to 1"),
         ({"test_fraction": 0.7}, r"data\.test_fraction is 0\.7"),
         ({"layout": "flat"}, r"data\.layout is 'flat'"),
     ],
 )
 def test_options_that_contradict_are_named(options, words):
-    if "augmentation" in options:
-        options = {**options, "augmentation": Augmentation(**options["augmentation"])}
     with pytest.raises(ValueError, match=words):
+        if "augmentation" in options:
+            options = {**options, "augmentation": Augmentation(**options["augmentation"])}
         AudioData(source="x", **options)
 
 

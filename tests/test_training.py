@@ -78,8 +78,9 @@ def assert_same_result(run: Path, expected: Path) -> None:
         (["--trainer.accumulate_batches=2"], 3),
         (["--data.num_workers=1", "--trainer.ema_decay=null"], 3),
         (["--trainer.mode=max", "--trainer.early_stop_patience=1"], 2),
+        (["--trainer.max_epochs=4", "--trainer.check_val_every_n_epoch=2"], 4),
     ],
-    ids=["accumulation", "workers", "early-stop"],
+    ids=["accumulation", "workers", "early-stop", "every-second-validation"],
 )
 def test_resumes_bitwise_from_checkpoints(tmp_path, monkeypatch, options, expected_epochs):
     kept: list[Path] = []
@@ -199,6 +200,17 @@ def test_divergence_and_a_wrong_monitor_are_named(tmp_path):
         )
     with pytest.raises(ValueError, match=r"training diverged; lower --optimizer\.lr"):
         train(tmp_path / "lr", "--optimizer.lr=1e30", "--trainer.early_stop_patience=null")
+
+
+def test_an_epoch_without_validation_has_no_values_of_one(tmp_path):
+    every = "--trainer.check_val_every_n_epoch"
+    metrics = train(tmp_path / "run", "--trainer.max_epochs=4", f"{every}=2")
+    rows = list(csv.DictReader((tmp_path / "run" / "metrics.csv").open()))
+    assert [row["val/loss"] != "" for row in rows] == [False, True, False, True]
+    assert all(row["train/loss"] for row in rows)
+    assert metrics["best_epoch"]["epoch"] in (2, 4)
+    with pytest.raises(ValueError, match=r"check_val_every_n_epoch is 2, expected a divisor"):
+        train(tmp_path / "odd", f"{every}=2")
 
 
 def test_the_best_epoch_is_what_is_saved(tmp_path):
