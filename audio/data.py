@@ -198,8 +198,8 @@ class AudioData(DataModule):
             print("\n".join(["data:", *(f"  {row}" for row in report.lines())]), file=sys.stderr)
         if self.augmentation.join_probability > 0 and " " not in self.labels:
             raise ValueError(
-                "data.augmentation.join_probability is set; joined texts have a space between them, "
-                "and no text has one: add ' ' to data.labels"
+                "data.augmentation.join_probability is set; joined texts have a space between, and "
+                "no text has one: add ' ' to data.labels"
             )
         self._seconds = {c: s.seconds for c, s in zip(clips, sounds, strict=True)}
         keep = report.seconds <= 60 * self.keep_minutes

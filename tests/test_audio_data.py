@@ -445,10 +445,12 @@ def test_noise_has_the_ratio_that_was_asked_for():
     ],
 )
 def test_options_that_contradict_are_named(options, words):
+    def build():
+        changes = Augmentation(**options["augmentation"]) if "augmentation" in options else None
+        return AudioData(source="x", **{**options, "augmentation": changes})
+
     with pytest.raises(ValueError, match=words):
-        if "augmentation" in options:
-            options = {**options, "augmentation": Augmentation(**options["augmentation"])}
-        AudioData(source="x", **options)
+        build()
 
 
 def test_statistics_are_those_of_the_training_clips():
