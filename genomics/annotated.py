@@ -50,6 +50,8 @@ from mamba2_apps.genomics.splits import PARTS, region_leakage
 
 Target = Literal["cds", "codon", "intron", "donor", "acceptor", "start", "stop"]
 CODON = ("codon1", "codon2", "codon3")
+DECOY_BLOCK = 50
+"""Bases that a decoy shuffles among themselves."""
 
 
 def label_names(targets: Sequence[Target]) -> list[str]:
@@ -151,6 +153,22 @@ class AnnotatedWindows(Dataset[Sample]):
         return len(self.windows)
 
 
+def shuffled_stretch(sample: Sample) -> Sample:
+    """A window (l,) of which a random stretch has its bases shuffled, and labels (l, k) of 0 there.
+
+    They are shuffled within blocks, so that a stretch keeps its composition from place to place.
+    What is not known stays NaN.
+    """
+    ids, targets = sample["inputs"].clone(), sample["targets"].clone()
+    length = int(torch.randint(len(ids) // 8, len(ids) // 2 + 1, ()))
+    first = int(torch.randint(len(ids) - length + 1, ()))
+    stretch = slice(first, first + length)
+    order = (torch.arange(length) // DECOY_BLOCK + torch.rand(length)).argsort()
+    ids[stretch] = ids[stretch][order]
+    targets[stretch] = torch.where(targets[stretch].isnan(), torch.nan, 0.0)
+    return {**sample, "inputs": ids, "targets": targets}
+
+
 class AnnotatedGenome(DataModule):
     """Genes of a genome, as labels for each base of both strands.
 
@@ -176,6 +194,8 @@ class AnnotatedGenome(DataModule):
         margin: bases around a gene that are given without labels.
         shift: random shift of training windows, in bases either way.
         reverse_complement: chance that a training window is given as its other strand.
+        decoys: chance that a stretch of a training window, an eighth to a half of it, has its bases
+            shuffled within some 50 of them and no labels: composition alone makes no gene.
     """
 
     def __init__(
@@ -197,6 +217,7 @@ class AnnotatedGenome(DataModule):
         margin: int = 500,
         shift: int = 0,
         reverse_complement: float = 0.0,
+        decoys: float = 0.0,
     ) -> None:
         super().__init__(batch_size=batch_size, num_workers=num_workers)
         if not 0 < val_share < 1:
@@ -211,6 +232,7 @@ class AnnotatedGenome(DataModule):
                 "at least 2, 0 and 0"
             )
         check_chance("reverse_complement", reverse_complement)
+        check_chance("decoys", decoys)
         self.genome_path, self.annotation, self.test_annotation = (
             genome,
             annotation,
@@ -220,7 +242,7 @@ class AnnotatedGenome(DataModule):
         self.test_regions, self.val_regions = test_regions or [], val_regions or []
         self.val_share, self.exclude = val_share, set(exclude or [])
         self.window, self.margin, self.shift = window, margin, shift
-        self.reverse_complement = reverse_complement
+        self.reverse_complement, self.decoys = reverse_complement, decoys
         self.labels = label_names(targets)
 
     @property
@@ -261,6 +283,8 @@ class AnnotatedGenome(DataModule):
         if self.reverse_complement and torch.rand(()) < self.reverse_complement:
             ids, targets = self._turned(sample["inputs"], sample["targets"])
             sample = {**sample, "inputs": ids, "targets": targets}
+        if self.decoys and torch.rand(()) < self.decoys:
+            sample = shuffled_stretch(sample)
         return sample
 
     def report(self, task: Any, folder: Path) -> None:

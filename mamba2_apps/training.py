@@ -337,7 +337,7 @@ class Recorder(Checkpoint):
         """Write one row per epoch into the RUN."""
         text = io.StringIO()
         # Every epoch has the longest row's columns, but those of validation.
-        columns = list(max(self.history, key=len))
+        columns = max((list(row) for row in self.history), key=len)
         writer = csv.DictWriter(text, fieldnames=columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.history)

@@ -338,6 +338,40 @@ def test_labels_are_known_within_genes_only(annotated):
     assert batch["mask"].sum(1).tolist() == [84, 64]
 
 
+def test_decoys_are_shuffled_stretches_without_labels(annotated):
+    data = AnnotatedGenome(
+        genome=str(annotated / "g.fa"),
+        annotation=str(annotated / "train.bed"),
+        targets=["cds"],
+        test_regions=["c:4,001-5,000"],
+        window=2000,
+        decoys=1.0,
+    )
+    data.setup("fit")
+    torch.manual_seed(0)
+    lengths, plain = [], data.train_set[0]
+    for _ in range(10):
+        decoy = data.augment(plain)
+        changed = np.flatnonzero((decoy["inputs"] != plain["inputs"]).numpy())
+        first, last = changed[0], changed[-1] + 1
+        lengths.append(last - first)
+        assert changed.size > 0.6 * (last - first)  # of the bases, a quarter stays by chance
+        for at in range(first, last - 100, 50):
+            counts = [s["inputs"][at : at + 50].bincount(minlength=8) for s in (plain, decoy)]
+            assert (counts[0] - counts[1]).abs().max() < 20  # blocks may begin elsewhere
+        assert torch.equal(plain["targets"].isnan(), decoy["targets"].isnan())
+        assert decoy["targets"][first:last].nansum() == 0
+        outside = torch.ones(2000, dtype=torch.bool)
+        outside[max(first - 3, 0) : last + 3] = False  # whose ends may be as they were
+        torch.testing.assert_close(
+            decoy["targets"][outside], plain["targets"][outside], equal_nan=True
+        )
+    assert 200 < min(lengths) < max(lengths) <= 1000
+    assert torch.equal(data.train_set[0]["inputs"], plain["inputs"])
+    with pytest.raises(ValueError, match=r"data\.decoys is 2"):
+        AnnotatedGenome(annotation="x", targets=["cds"], test_regions=["c:1-9"], decoys=2)
+
+
 def test_a_whole_genome_is_split_by_region(annotated):
     data = AnnotatedGenome(
         genome=str(annotated / "g.fa"),
