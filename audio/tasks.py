@@ -16,6 +16,7 @@ from torchmetrics.functional.classification import binary_auroc, binary_eer
 
 from mamba2_apps.heads import CTCHead
 from mamba2_apps.tasks import CTC, LabelMean, MultiLabel, OptimizerConfig, TokenMultiLabel
+from mamba2_apps.tasks.tokens import OfBothValues
 
 
 def d_prime(scores: Tensor, targets: Tensor) -> Tensor:
@@ -26,6 +27,10 @@ def d_prime(scores: Tensor, targets: Tensor) -> Tensor:
     tiny = torch.finfo(torch.float32).eps
     area = binary_auroc(scores, targets).clamp(tiny, 1 - tiny)
     return math.sqrt(2) * torch.special.ndtri(area)
+
+
+class EqualErrorRate(OfBothValues, BinaryEER):
+    """Where as many frames are falsely heard as are missed, in parts of those that could be."""
 
 
 class SegmentF1(Metric):
@@ -109,7 +114,7 @@ class EventDetection(TokenMultiLabel):
         if part != "train":
             metrics["segment_f1"] = SegmentF1(round(1 / self.adapter.step_seconds))
         if part == "test":
-            metrics["eer"] = BinaryEER()
+            metrics["eer"] = EqualErrorRate()
         return metrics
 
     def loss(self, outputs: Tensor, batch: dict[str, Any]) -> Tensor:

@@ -136,6 +136,25 @@ def test_events_are_trained_and_answered_where_they_are(kind):
     task.loss(outputs, batch).backward()
 
 
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_scores_of_frames_that_are_all_alike_are_undefined(value):
+    """torchmetrics says 0 or 1 there, as if the model were very bad or very good."""
+    task = EventDetection(model(*ADAPTERS["frames"]), ["a", "b"], OptimizerConfig())
+    batch = {"inputs": torch.randn(2, 16000), "targets": torch.full((2, 100, 2), value)}
+    with torch.inference_mode():
+        outputs = task(batch)
+        for scores in (task.val_scores, task.test_scores):
+            task.score(scores, outputs, batch)
+            found = scores.compute()
+            undefined = {name.partition("/")[2] for name, score in found.items() if score.isnan()}
+            eer = {"eer"} if scores.part == "test" else set()
+            assert undefined == {"average_precision", "auroc"} | eer
+            batch["targets"][0, :50] = 1 - value  # one of the two is enough
+            task.score(scores, outputs, batch)
+            assert all(score.isfinite() for score in scores.compute().values())
+            batch["targets"][:] = value
+
+
 def test_padding_of_a_batch_makes_no_events():
     task = EventDetection(model(*ADAPTERS["frames"]), ["a", "b"], OptimizerConfig(), threshold=0.1)
     short = torch.randn(5000)

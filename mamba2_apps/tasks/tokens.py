@@ -15,11 +15,13 @@ from torchmetrics.classification import (
     BinaryAUROC,
     BinaryAveragePrecision,
     BinaryF1Score,
+    BinaryPrecisionRecallCurve,
     MulticlassAccuracy,
     MulticlassConfusionMatrix,
     MulticlassF1Score,
     MulticlassMatthewsCorrCoef,
 )
+from torchmetrics.utilities import dim_zero_cat
 
 from mamba2_apps import reports
 from mamba2_apps.tasks.base import OptimizerConfig, Task
@@ -104,6 +106,29 @@ class TokenClassification(Task):
         reports.class_table(confusion, self.labels, folder / "classes.csv")
 
 
+class OfBothValues(BinaryPrecisionRecallCurve):
+    """Mixed into a score of a curve: NaN, as `LabelMean`'s, where all targets are 0 or all are 1.
+
+    torchmetrics would give 0 or 1 there, which says nothing of the model.
+    """
+
+    def compute(self) -> Any:
+        if self.thresholds is None:
+            present = dim_zero_cat(self.target) == 1
+            counts = torch.stack([(~present).sum(), present.sum()])
+        else:
+            counts = self.confmat[0].sum(1)  # of targets 0 and 1, the same for every threshold
+        return super().compute() if counts.all() else torch.full((), torch.nan, device=self.device)
+
+
+class AveragePrecision(OfBothValues, BinaryAveragePrecision):
+    """Average precision of tokens that have a label."""
+
+
+class AUROC(OfBothValues, BinaryAUROC):
+    """Area under the receiver operating characteristic of tokens that have a label."""
+
+
 class TokenMultiLabel(AnyLabels):
     """Any number of k labels for each token, each by a binary cross-entropy.
 
@@ -138,11 +163,11 @@ class TokenMultiLabel(AnyLabels):
     def build_metrics(self, part: str) -> dict[str, Metric]:
         metrics: dict[str, Metric] = {"f1": BinaryF1Score(threshold=self.threshold)}
         if part == "test":  # exact: every score is kept
-            metrics["average_precision"] = BinaryAveragePrecision()
-            metrics["auroc"] = BinaryAUROC()
+            metrics["average_precision"] = AveragePrecision()
+            metrics["auroc"] = AUROC()
         elif part == "val":
-            metrics["average_precision"] = BinaryAveragePrecision(thresholds=1000)
-            metrics["auroc"] = BinaryAUROC(thresholds=1000)
+            metrics["average_precision"] = AveragePrecision(thresholds=1000)
+            metrics["auroc"] = AUROC(thresholds=1000)
         return metrics
 
     def loss(self, outputs: Tensor, batch: dict[str, Any]) -> Tensor:
