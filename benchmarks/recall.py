@@ -33,7 +33,7 @@ from mamba2_apps.language import LanguageModel
 
 WIDTHS = (32, 64, 128, 256)
 MIXERS = ("attention", "d_state 16", "d_state 64", "d_state 256")
-RATES = (1e-3, 3e-3)
+RATES = (1e-3, 3e-3, 1e-2)
 STAGES = (8, 4, 2, 1)  # the pairs of a stage are the most of all, divided by this
 LINES = RESULTS / "recall.jsonl"
 

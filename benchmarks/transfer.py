@@ -31,10 +31,11 @@ TARGETS: dict[str, tuple[str, str, list[str]]] = {
         "images",
         "vision/fashion-mnist",
         [*([] if images is None else [f"--data.train_images={images}"]), f"--data.batch_size={b}",
-         f"--trainer.max_epochs={epochs}", f"--optimizer.warmup_epochs={epochs / 10}"],
+         f"--trainer.max_epochs={epochs}", f"--optimizer.warmup_epochs={epochs / 10}",
+         f"--trainer.check_val_every_n_epoch={every}"],
     )
-    for labels, images, b, epochs in (
-        ("100", 100, 50, 200), ("1,000", 1000, 100, 60), ("55,000", None, 512, 8),
+    for labels, images, b, epochs, every in (
+        ("100", 100, 50, 200, 20), ("1,000", 1000, 100, 60, 6), ("55,000", None, 512, 8, 1),
     )
 } | {
     "splice": ("dna", "genomics/splice", ["--trainer.max_epochs=20", "--data.fold=0"]),

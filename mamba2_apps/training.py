@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +32,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.profilers import PyTorchProfiler
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
-from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch import Tensor
 
 from mamba2_apps.adaptation import AdaptationConfig, Unfreeze
 from mamba2_apps.data import seed_generators
@@ -61,8 +61,8 @@ class TrainerConfig:
             RUN's folder profile; null: none.
         gradient_clip: largest gradient norm; null does not clip.
         accumulate_batches: batches per optimizer step.
-        ema_decay: decay of an exponential moving average of the weights, which is then what is
-            validated, saved and used; null uses the weights themselves.
+        ema_decay: decay of an exponential moving average of the weights, from the first step's on,
+            which is then what is validated, saved and used; null uses the weights themselves.
         monitor: what chooses the best epoch, such as val/loss.
         mode: whether the smallest or the largest value is best.
         early_stop_patience: validations without improvement after which training ends; null: never.
@@ -145,8 +145,7 @@ def build_trainer(
     if bar:
         callbacks.append(RichProgressBar(console_kwargs={"stderr": True}))
     if config.ema_decay is not None:
-        # By lerp, which leaves a frozen weight bit for bit what it is.
-        callbacks.append(WeightAveraging(multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay)))
+        callbacks.append(WeightAveraging(multi_avg_fn=moving_average(config.ema_decay)))
     if adaptation.unfreeze_epoch is not None:
         callbacks.append(Unfreeze(adaptation))
     if config.early_stop_patience is not None:
@@ -175,6 +174,25 @@ def build_trainer(
         enable_model_summary=False,
         default_root_dir=run,
     )
+
+
+def moving_average(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor], None]:
+    """Update of an exponential moving average that holds no weights from before the first step.
+
+    Shares are those of the steps there were, as Adam corrects its moments (Kingma and Ba 2015):
+    early on it is the plain mean, and a short training is not kept near its start.
+    """
+
+    @torch.no_grad()
+    def update(averaged: list[Tensor], current: list[Tensor], count: Tensor) -> None:
+        share = (1 - decay) / (1 - decay ** (int(count) + 1))
+        if averaged[0].is_floating_point():
+            # A lerp leaves a frozen weight bit for bit what it is.
+            torch._foreach_lerp_(averaged, current, share)
+        else:
+            torch._foreach_copy_(averaged, current)
+
+    return update
 
 
 def _profiler(config: TrainerConfig, run: Path) -> PyTorchProfiler | None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.optim.swa_utils import AveragedModel
 
 from mamba2_apps import catalog, files, reports, runs
 from mamba2_apps.tasks import Classification
@@ -22,6 +23,7 @@ from mamba2_apps.training import (
     SeedEveryBatch,
     SyncedCheckpointIO,
     TrainerConfig,
+    moving_average,
 )
 from mamba2_apps.vision.digits import Digits
 
@@ -200,6 +202,18 @@ def test_divergence_and_a_wrong_monitor_are_named(tmp_path):
         )
     with pytest.raises(ValueError, match=r"training diverged; lower --optimizer\.lr"):
         train(tmp_path / "lr", "--optimizer.lr=1e30", "--trainer.early_stop_patience=null")
+
+
+def test_the_moving_average_weighs_the_steps_there_were():
+    steps = torch.randn(30, 3, dtype=torch.float64)
+    module = torch.nn.Linear(3, 1, bias=False, dtype=torch.float64)
+    average = AveragedModel(module, multi_avg_fn=moving_average(0.9))
+    for count, weight in enumerate(steps, 1):
+        module.weight.data[0] = weight
+        average.update_parameters(module)
+        shares = 0.9 ** torch.arange(count - 1, -1, -1, dtype=torch.float64)
+        expected = (shares[:, None] * steps[:count]).sum(0) / shares.sum()
+        torch.testing.assert_close(average.module.weight[0], expected)
 
 
 def test_an_epoch_without_validation_has_no_values_of_one(tmp_path):
