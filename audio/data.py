@@ -43,10 +43,11 @@ class AudioData(DataModule):
     be used and is left out. Nothing is ever replaced by another file.
 
     The test part is: `test_source` and the clips whose `split` column says so; or those of
-    `test_groups` or `test_fold`; or a fixed, stratified `test_fraction`. What chooses the epoch is,
-    in the same order, `val_source` and `split`, `val_fold`, or a `val_fraction` of the rest. Clips
-    of one group, of one file or with equal samples are never divided, and where the table itself
-    divides them the report names them.
+    `test_groups` or `test_fold`; or a fixed `test_fraction`. What chooses the epoch is, in the same
+    order, `val_source` and `split`, `val_fold`, or a `val_fraction` of the rest. Fractions are
+    stratified where a clip has one class, not by tags, events or texts. Clips of one group, of one
+    file or with equal samples are never divided, and where the table itself divides them the report
+    names them.
 
     Args:
         source: the folder; the table; shards, such as train-{000..127}.tar or train-*.tar; or
