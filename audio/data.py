@@ -402,6 +402,12 @@ class AudioData(DataModule):
         for part, indices in parts.items():
             if not indices:
                 raise ValueError(f"{self.source} has no clips to {part} with; see data.{part}_*")
+            if self.targets == "text" and not any(clips[i].text for i in indices):
+                raise ValueError(
+                    f"{self.source}: the texts of all {len(indices)} clips to {part} with are "
+                    "empty, so that no error rate is defined; give texts (data.columns.text names "
+                    "their column), or other clips by data.test_*, data.val_* or the split column"
+                )
         self._note_divided(clips, sounds, parts, report)
         return parts
 

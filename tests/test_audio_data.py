@@ -236,7 +236,7 @@ def test_tags_events_and_texts_become_targets(tmp_path):
 def test_a_clip_in_which_nothing_is_said_is_a_clip(tmp_path):
     for number in range(8):
         write(tmp_path / f"{number}.wav")
-    rows = "".join(f"{number}.wav,{'' if number % 2 else 'ab'}\n" for number in range(8))
+    rows = "".join(f"{number}.wav,{'ab' if number % 2 else ''}\n" for number in range(8))
     (tmp_path / "t.csv").write_text("path,text\n" + rows)
     data = AudioData(source=str(tmp_path / "t.csv"), targets="text")
     data.setup("test")
@@ -248,6 +248,21 @@ def test_a_clip_in_which_nothing_is_said_is_a_clip(tmp_path):
         ]
     silent = [sample for sample in samples if not len(sample["targets"])]
     assert data.preprocessing.collate(silent)["targets"].dtype == torch.long
+
+
+@pytest.mark.parametrize("part", ["train", "val", "test"])
+def test_a_part_whose_texts_are_all_empty_is_named(tmp_path, part):
+    """Its error rate would be a division by 0, called a divergence after the first epoch."""
+    rows = []
+    for number, split in enumerate(["train", "val", "test"] * 2):
+        write(tmp_path / f"{number}.wav")
+        rows.append(f"{number}.wav,{'' if split == part else 'ab'},{split}\n")
+    (tmp_path / "t.csv").write_text("path,text,split\n" + "".join(rows))
+    data = AudioData(source=str(tmp_path / "t.csv"), targets="text")
+    with pytest.raises(ValueError, match=rf"t\.csv: the texts of all 2 clips to {part} with are"):
+        data.setup("fit")
+    (tmp_path / "t.csv").write_text("path,text,split\n" + "".join(rows).replace(",,", ",a,", 1))
+    data.setup("fit")
 
 
 def test_texts_that_a_ctc_has_no_room_for_are_named(tmp_path):
