@@ -26,7 +26,7 @@ from mamba2_apps.audio.preprocessing import (
     ClipDataset,
     frame_samples,
 )
-from mamba2_apps.data import DataModule, Sample, files_under
+from mamba2_apps.data import DataModule, Sample, check_unique, files_under
 from mamba2_apps.files import write_json
 from mamba2_apps.shards import names_shards
 
@@ -124,6 +124,7 @@ class AudioData(DataModule):
         for name, part in (("test_fraction", test_fraction), ("val_fraction", val_fraction)):
             if not 0 < part <= 0.5:
                 raise ValueError(f"data.{name} is {part}, expected above 0 and up to 0.5")
+        check_unique(labels or (), "data.labels")
         self.augmentation = augmentation or Augmentation()
         _check_changes(targets, crop_seconds, self.augmentation)
         if layout != "auto" and layout not in corpora.READERS:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from mamba2_apps.data import DataModule, Sample
+from mamba2_apps.data import DataModule, Sample, check_unique
 from mamba2_apps.files import write_json
 from mamba2_apps.genomics.fasta import Genome
 from mamba2_apps.genomics.intervals import Feature
@@ -106,6 +106,7 @@ class Coverage(DataModule):
         check_chance("reverse_complement", reverse_complement)
         self.genome_path, self.tracks = genome, tracks
         self.labels = names or [Path(track).name.split(".")[0] for track in tracks]
+        check_unique(self.labels, "data.names" if names else "data.names (null, from data.tracks)")
         self.measured = regions or []
         self.test_regions, self.val_regions = test_regions or [], val_regions or []
         self.held_share, self.missing = held_share, missing

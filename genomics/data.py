@@ -23,7 +23,7 @@ from sklearn.preprocessing import MaxAbsScaler
 from torch import nn
 from torch.utils.data import Dataset
 
-from mamba2_apps.data import DataModule, Sample, UnreadableInput
+from mamba2_apps.data import DataModule, Sample, UnreadableInput, check_unique
 from mamba2_apps.files import write_json
 from mamba2_apps.genomics.preprocessing import DNAPreprocessing, check_tokens
 from mamba2_apps.genomics.sequences import check_sequence
@@ -252,6 +252,7 @@ class SequenceTable(LabelledSequences):
         )
         if not targets or (kind == "classes" and len(targets) != 1):
             raise ValueError(f"data.targets is {targets}; classes are in one column, others in any")
+        check_unique(targets, "data.targets")
         self.path, self.sequence, self.kind, self.part = path, sequence, kind, part
         self.target_columns = targets
 

@@ -10,6 +10,7 @@ continues as if it had not been, whatever the number of workers.
 
 import random
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -331,6 +332,15 @@ def seed_generators(*key: int) -> int:
     np.random.seed(seed)
     torch.default_generator.manual_seed(seed)
     return seed
+
+
+def check_unique(names: Sequence[str], what: str) -> None:
+    """Raises ValueError where a name comes twice: an answer, a dict, would keep one of the two."""
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise ValueError(
+            f"{what}: {', '.join(map(repr, twice))} comes more than once, expected each name once"
+        )
 
 
 def files_under(source: str, suffixes: Sequence[str], what: str) -> list[str]:

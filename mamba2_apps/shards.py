@@ -14,7 +14,7 @@ from io import SEEK_CUR, SEEK_END, SEEK_SET, BufferedReader, RawIOBase
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mamba2_apps.data import UnreadableInput
+from mamba2_apps.data import UnreadableInput, check_unique
 
 CLASSES = "classes.txt"
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
@@ -120,12 +120,17 @@ def read_index(
 
 
 def class_names(folder: str | Path) -> list[str] | None:
-    """Names of the classes that shards number, a line each of classes.txt; None: no such file."""
+    """Names of the classes that shards number, a line each of classes.txt; None: no such file.
+
+    Raises ValueError for a name that comes twice.
+    """
     path = Path(folder) / CLASSES
     if not path.is_file():
         return None
     lines = path.read_text(encoding="utf-8").split("\n")
-    return [line.strip() for line in lines if line.strip()]
+    names = [line.strip() for line in lines if line.strip()]
+    check_unique(names, str(path))
+    return names
 
 
 def _counted(pattern: str) -> list[str]:

@@ -457,6 +457,7 @@ def test_noise_has_the_ratio_that_was_asked_for():
         ({"augmentation": {"join_probability": 2.0}}, "join_probability is 2.0, expected 0 to 1"),
         ({"test_fraction": 0.7}, r"data\.test_fraction is 0\.7"),
         ({"layout": "flat"}, r"data\.layout is 'flat'"),
+        ({"labels": ["a", "b", "a"]}, r"data\.labels: 'a' comes more than once, expected each"),
     ],
 )
 def test_options_that_contradict_are_named(options, words):

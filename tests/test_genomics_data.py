@@ -201,6 +201,7 @@ def test_a_table_of_classes_labels_and_values(tmp_path):
     values.setup("fit")
     assert values.train_set[0]["targets"].shape == (2,)
     for options, words in (
+        ({"targets": ["x", "x"], "kind": "values"}, r"data\.targets: 'x' comes more than once"),
         ({"targets": ["z"]}, "no column 'z'; it has sequence, x, y, class"),
         ({"targets": ["class"], "kind": "values"}, "t.tsv:2: class is 'a', expected a number"),
         ({"targets": ["y"], "kind": "multilabel"}, "y is '0.125', expected 0 or 1"),
@@ -475,6 +476,12 @@ def test_coverage_is_binned_where_it_was_measured(tmp_path):
             np.testing.assert_allclose(sample["targets"][:, 0], means)
     with pytest.raises(ValueError, match=r"held_share is 0, expected between"):
         Coverage(genome="g.fa", tracks=["t.wig"], held_share=0)
+    for options, words in (
+        ({"tracks": ["a/t.wig", "b/t.wig"]}, r"data\.names \(null, from data\.tracks\): 't' comes"),
+        ({"tracks": ["a.wig", "b.wig"], "names": ["t", "t"]}, r"data\.names: 't' comes more than"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            Coverage(genome="g.fa", **options)
     assert data.baselines()["training mean"]["mae"] > 0
     assert [r.end - r.start for r in data.regions["test"]] == [200]
 

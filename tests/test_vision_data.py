@@ -263,6 +263,9 @@ def test_shards_are_read_in_any_order(tmp_path):
         ShardedImages(folder=str(tmp_path), val_shards="val-*.tar").setup("fit")
     with pytest.raises(ValueError, match=r"holds no test-\*\.tar"):
         ShardedImages(folder=str(tmp_path), test_shards="test-*.tar").setup("fit")
+    (tmp_path / "classes.txt").write_text("dark\nlight\nlight\n")
+    with pytest.raises(ValueError, match=r"classes\.txt: 'light' comes more than once"):
+        ShardedImages(folder=str(tmp_path)).setup("fit")
 
 
 def test_broken_shards_are_named(tmp_path):
