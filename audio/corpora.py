@@ -21,7 +21,7 @@ def speech_commands(folder: str) -> list[Clip]:
         path = root / name
         if not path.is_file():
             raise ValueError(f"{path} does not exist; expected the unpacked speech_commands_v0.02")
-        split |= dict.fromkeys(path.read_text(encoding="utf-8").split(), part)
+        split |= dict.fromkeys(path.read_text(encoding="utf-8-sig").split(), part)
     clips = []
     for file in sorted(root.glob("[!_]*/*.wav")):
         name = file.relative_to(root).as_posix()
@@ -41,7 +41,7 @@ def esc50(folder: str) -> list[Clip]:
     table = Path(folder) / "meta" / "esc50.csv"
     if not table.is_file():
         raise ValueError(f"{table} does not exist; expected the unpacked ESC-50-master")
-    with table.open(encoding="utf-8", newline="") as file:
+    with table.open(encoding="utf-8-sig", newline="") as file:
         return [
             Clip(
                 str(Path(folder) / "audio" / row["filename"]),

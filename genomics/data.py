@@ -337,7 +337,7 @@ class GenomicBenchmarks(LabelledSequences):
         for part in ("train", "test"):
             for index, label in enumerate(self.labels):
                 for path in sorted((root / part / label).glob("*.txt")):
-                    text = path.read_text(encoding="utf-8")
+                    text = path.read_text(encoding="utf-8-sig")
                     sequences.append(_letters(text, str(path)))
                     targets.append(index)
                     parts.append(part)

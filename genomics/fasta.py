@@ -6,6 +6,7 @@ and letters are checked as they are fetched. What is held in memory is a row per
 sequence.
 """
 
+import codecs
 import gzip
 import mmap
 import os
@@ -292,6 +293,8 @@ class _Index:
     def add(self, line: bytes, number: int) -> None:
         """Take the next line, its end included."""
         letters = line.rstrip(b"\r\n")
+        if not self._offset:
+            letters = letters.removeprefix(codecs.BOM_UTF8)  # its bytes count all the same
         self._offset += len(line)
         where = f"{self.path}:{number}"
         if letters.startswith(b">"):

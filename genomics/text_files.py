@@ -1,5 +1,6 @@
 """Lines of a text file, plain or compressed, with their numbers, and errors that name the file."""
 
+import codecs
 import gzip
 import io
 import zlib
@@ -27,7 +28,7 @@ def open_binary(path: str | PathLike[str]) -> IO[bytes]:
 
 def open_text(path: str | PathLike[str]) -> TextIO:
     """A file's text, decompressed, for Biopython's parsers; any line end is a line end."""
-    return io.TextIOWrapper(open_binary(path), encoding="utf-8", errors="replace")  # type: ignore[arg-type]
+    return io.TextIOWrapper(open_binary(path), encoding="utf-8-sig", errors="replace")  # type: ignore[arg-type]
 
 
 def is_compressed(path: str | PathLike[str]) -> bool:
@@ -37,7 +38,8 @@ def is_compressed(path: str | PathLike[str]) -> bool:
 
 
 def read_lines(path: str | PathLike[str]) -> Iterator[tuple[int, str]]:
-    """Number, from 1, and text of each line, without its end; Windows line ends are line ends.
+    """Number, from 1, and text of each line, without its end; Windows line ends are line ends, and
+    the byte order mark that its tools put in front is no text.
 
     Raises UnreadableInput for a missing or truncated file, or bytes that are no text.
     """
@@ -45,6 +47,8 @@ def read_lines(path: str | PathLike[str]) -> Iterator[tuple[int, str]]:
     try:
         with open_binary(path) as file:
             for number, line in enumerate(file, 1):
+                if number == 1:
+                    line = line.removeprefix(codecs.BOM_UTF8)
                 yield number, line.rstrip(b"\r\n").decode("utf-8")
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise truncated(path, number) from error

@@ -127,7 +127,7 @@ def class_names(folder: str | Path) -> list[str] | None:
     path = Path(folder) / CLASSES
     if not path.is_file():
         return None
-    lines = path.read_text(encoding="utf-8").split("\n")
+    lines = path.read_text(encoding="utf-8-sig").split("\n")
     names = [line.strip() for line in lines if line.strip()]
     check_unique(names, str(path))
     return names
@@ -172,7 +172,7 @@ def _text(archive: tarfile.TarFile, member: tarfile.TarInfo, name: str) -> str:
     file = archive.extractfile(member)
     assert file is not None  # of a regular file there is one
     try:
-        return file.read().decode("utf-8").strip()
+        return file.read().decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:
         raise ValueError(f"{name}: bytes that are no UTF-8 text") from error
 

@@ -368,6 +368,16 @@ def test_parts_of_files_and_rows_of_a_table_are_chosen(tmp_path):
             read_table(table, "label", columns=columns)
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("t.csv", "path,label\na.wav,x\n"), ("t.jsonl", '{"path": "a.wav", "label": "x"}\n')],
+)
+def test_a_byte_order_mark_is_no_part_of_a_table(tmp_path, name, text):
+    (tmp_path / name).write_text(text, encoding="utf-8-sig")
+    (clip,) = read_table(tmp_path / name, "label")
+    assert (clip.path, clip.labels) == (str(tmp_path / "a.wav"), ("x",))
+
+
 def test_a_part_that_is_decoded_alone_is_that_of_the_whole(tmp_path):
     lines = ["path,label,start,end"]
     for number in range(8):
@@ -503,8 +513,9 @@ def test_public_collections_are_read_as_they_come(tmp_path):
     for word in ("yes", "no", "_background_noise_"):
         for speaker in ("a1", "b2", "c3"):
             write(root / word / f"{speaker}_nohash_0.wav")
-    (root / "testing_list.txt").write_text("yes/a1_nohash_0.wav\nno/a1_nohash_0.wav\n")
-    (root / "validation_list.txt").write_text("yes/b2_nohash_0.wav\nno/b2_nohash_0.wav\n")
+    for name, speaker in (("testing", "a1"), ("validation", "b2")):
+        lines = f"yes/{speaker}_nohash_0.wav\nno/{speaker}_nohash_0.wav\n"
+        (root / f"{name}_list.txt").write_text(lines, encoding="utf-8-sig")
     clips = speech_commands(str(root))
     assert len(clips) == 6
     data = AudioData(source=str(root), layout="speechcommands")
@@ -519,7 +530,7 @@ def test_public_collections_are_read_as_they_come(tmp_path):
         write(root / "audio" / f"{number}.wav")
         lines.append(f"{number}.wav,{number % 5 + 1},0,{'xy'[number // 5]},False,{number},A")
     (root / "meta").mkdir()
-    (root / "meta" / "esc50.csv").write_text("\n".join(lines) + "\n")
+    (root / "meta" / "esc50.csv").write_text("\n".join(lines) + "\n", encoding="utf-8-sig")
     assert len(esc50(str(root))) == 10
     data = AudioData(source=str(root), layout="esc50", test_fold="2", val_fold="3")
     data.setup("test")

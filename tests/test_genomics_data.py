@@ -236,7 +236,7 @@ def test_genomic_benchmarks_folders(tmp_path):
             folder = tmp_path / part / label
             folder.mkdir(parents=True)
             for i in range(count):
-                (folder / f"{i}.txt").write_text(dna(80))
+                (folder / f"{i}.txt").write_text(dna(80), encoding="utf-8-sig")
     data = GenomicBenchmarks(str(tmp_path), split=SplitConfig(shares=(0.8, 0.2, 0.0)))
     data.setup("fit")
     assert data.labels == ["negative", "positive"]

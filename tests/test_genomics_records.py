@@ -1,5 +1,6 @@
 """Readers and writers of genomics: coordinates, strands, round trips, and what is refused."""
 
+import codecs
 import gzip
 import pickle
 
@@ -22,6 +23,7 @@ from mamba2_apps.genomics.annotations import (
     read_genbank,
     write_bed,
 )
+from mamba2_apps.genomics.data import read_table
 from mamba2_apps.genomics.fasta import Genome, is_bgzip, read_fasta, read_fastq
 from mamba2_apps.genomics.intervals import Feature, parse_region, place
 from mamba2_apps.genomics.sequences import IUPAC, reverse_complement
@@ -53,11 +55,16 @@ def genome(tmp_path):
     return Genome(write(tmp_path / "genome.fa", fasta_text()))
 
 
-@pytest.mark.parametrize("kind", ["plain", "windows", "gz", "bgz", "no last newline"])
+@pytest.mark.parametrize(
+    "kind",
+    ["plain", "windows", "gz", "bgz", "no last newline", "byte order mark", "gz, byte order mark"],
+)
 def test_a_genome_is_read_anywhere(tmp_path, kind):
     path = tmp_path / "g.fa"
     data = fasta_text("\r\n" if kind == "windows" else "\n").encode()
-    if kind == "gz":
+    if kind.endswith("byte order mark"):
+        data = codecs.BOM_UTF8 + data
+    if kind.startswith("gz"):
         write(path, gzip.compress(data))
     elif kind == "bgz":
         with bgzf.BgzfWriter(str(path)) as file:
@@ -406,6 +413,35 @@ def test_a_wrong_variant_is_named_by_line(tmp_path, genome, line, words):
         list(VariantFile(path, genome))
     with pytest.raises(UnreadableInput, match="expected the tab-separated header"):
         VariantFile(write(path, line + "\n"), genome)
+
+
+TEXTS = {
+    "t.csv": ("sequence,y\nACGT,1\n", lambda path: read_table(str(path), ["sequence"])),
+    "r.fastq": ("@a\nACGT\n+\n!I5?\n", read_fastq),
+    "f.bed": ("one\t4\t9\n", read_features),
+    "p.narrowPeak": ("one\t4\t9\tp\t1\t.\t2.5\t-1\t-1\t3\n", read_features),
+    "f.gff3": ("one\tx\tCDS\t5\t9\t.\t+\t0\tID=a\n", read_features),
+    "s.wig": (
+        "fixedStep chrom=one start=1\n1\n2\n",
+        lambda p: read_track(p, {"one": 2}, "one", 0, 2),
+    ),
+    "s.bedgraph": ("one\t0\t2\t5\n", lambda p: read_track(p, {"one": 2}, "one", 0, 2)),
+}
+
+
+@pytest.mark.parametrize("name", [*TEXTS, "v.vcf", "g.gbk"])
+def test_a_byte_order_mark_is_no_text(tmp_path, genome, name):
+    """Windows tools put one in front."""
+    if name == "v.vcf":
+        text, reader = VCF + "two\t4\t.\tC\tT\t.\t.\t.\n", lambda path: VariantFile(path, genome)
+    elif name == "g.gbk":
+        text, reader = genbank(tmp_path, "1..9").read_text(), read_genbank
+    else:
+        text, reader = TEXTS[name]
+    path = write(tmp_path / name, text)
+    plain = repr(list(reader(path)))
+    path.write_text(text, encoding="utf-8-sig")
+    assert repr(list(reader(path))) == plain
 
 
 @pytest.mark.parametrize("kind", [".bedgraph", ".bw"])

@@ -234,7 +234,7 @@ def test_what_is_bad_is_reported_as_in_a_table(tmp_path):
 
 
 def test_keys_say_what_a_table_says_in_columns(tmp_path):
-    (tmp_path / "classes.txt").write_text("cat\ndog\n")
+    (tmp_path / "classes.txt").write_text("cat\ndog\n", encoding="utf-8-sig")
     path = str(tmp_path / "s.tar")
 
     def clips(targets: str, **members: str):
@@ -252,6 +252,8 @@ def test_keys_say_what_a_table_says_in_columns(tmp_path):
     assert clip.events == (("x", 0.0, 0.2),)
     assert clips("events")[0].events == ()
     assert clips("none")[0].entry.name == "k.wav"
+    marked = clips("label", k_cls="\ufeff0", k_json='\ufeff{"speaker": "s2"}')[0]
+    assert (marked.labels, marked.group) == (("cat",), "s2")  # as Windows tools write them
     for targets, members, words in [
         ("label", {"k_cls": "2"}, r"s\.tar: k: \.cls is '2', expected a number below 2"),
         ("label", {}, r"s\.tar: k: no label; .* write KEY\.cls"),
