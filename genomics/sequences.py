@@ -10,6 +10,8 @@ AMBIGUOUS = "NRYSWKMBDHV"
 IUPAC = BASES + AMBIGUOUS
 """The four bases, N, and the ten codes that stand for two or three of them."""
 
+FIRST_BASE = str.maketrans("MRWSYKVHDB", "AAACCGAAAC")
+"""The alphabetically first base that each code of several stands for; N stays."""
 _COMPLEMENT = str.maketrans("ACGTNRYSWKMBDHVacgtnryswkmbdhv", "TGCANYRSWMKVHDBtgcanyrswmkvhdb")
 _VALID = (IUPAC + IUPAC.lower()).encode()
 

@@ -52,7 +52,8 @@ def allele_windows(genome: Genome, variant: Variant, size: int) -> tuple[str, st
     """The reference and the alternative window, of one length, and the variant's place in them.
 
     The length is `size`, or less on a contig that is shorter. An allele may reach beyond it: a long
-    one, or an insertion at the end of a contig.
+    one, or an insertion at the end of a contig. Where the genome has a code for several bases, the
+    reference window has the base of REF.
     """
     length = genome[variant.contig]
     change = len(variant.alt) - len(variant.ref)
@@ -61,11 +62,11 @@ def allele_windows(genome: Genome, variant: Variant, size: int) -> tuple[str, st
     # Both windows stay within the contig; the alternative one reaches `change` bases less far.
     start = max(0, min(start, length - size, length + change - size))
     offset = variant.start - start
-    reference = genome.fetch(variant.contig, start, start + size)
     before = genome.fetch(variant.contig, start, variant.start)
     end = max(min(start + size + max(-change, 0), length), variant.end)
     after = genome.fetch(variant.contig, variant.end, end)
-    return reference, (before + variant.alt + after)[:size], offset
+    reference, alternative = (before + allele + after for allele in (variant.ref, variant.alt))
+    return reference[:size], alternative[:size], offset
 
 
 class VariantScorer:

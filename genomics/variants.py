@@ -12,7 +12,7 @@ from typing import IO
 from mamba2_apps.data import UnreadableInput
 from mamba2_apps.genomics.fasta import Genome
 from mamba2_apps.genomics.intervals import place, reconcile_contigs
-from mamba2_apps.genomics.sequences import BASES
+from mamba2_apps.genomics.sequences import BASES, FIRST_BASE
 from mamba2_apps.genomics.text_files import number, read_lines
 
 VCF_SUFFIXES = (".vcf", ".vcf.gz", ".vcf.bgz")
@@ -53,7 +53,8 @@ class VariantFile:
         genome: reference that its positions count on.
 
     Iteration raises UnreadableInput, naming file, line and coordinate, for a line that is no VCF, a
-    contig that the genome does not have, a position beyond its end, or a REF that disagrees.
+    contig that the genome does not have, a position beyond its end, or a REF that disagrees. Where
+    the genome has an ambiguity code, such as R for A or G, REF has its first base, as VCF 4.3 says.
     """
 
     def __init__(self, path: str | PathLike[str], genome: Genome) -> None:
@@ -100,7 +101,8 @@ class VariantFile:
                 f"has {self.genome[contig]:,} bases"
             )
         found = self.genome.fetch(contig, start, start + len(ref)).upper()
-        if found != ref:
+        # VCF allows no codes but N: writers reduce another one of the reference to its first base.
+        if found.translate(FIRST_BASE) != ref:
             raise UnreadableInput(
                 f"{where}: REF is {ref} but {self.genome.path} has {found} at "
                 f"{place(contig, start, start + len(ref))}; is it of another assembly?"

@@ -396,6 +396,23 @@ def test_variants_are_checked_and_written_back(tmp_path, genome):
 
 
 @pytest.mark.parametrize(
+    ("code", "base"),
+    [*zip("RYSWKMBDHVN", "ACCAGACAAAN", strict=True), *zip("AC", "AC", strict=True)],
+)
+def test_a_code_of_the_genome_is_its_first_base_in_a_vcf(tmp_path, code, base):
+    genome = Genome(write(tmp_path / "g.fa", f">c\nTT{code.lower()}{code}G\n"))
+    for ref in "ACGTN":
+        path = write(tmp_path / "v.vcf", VCF + f"c\t3\t.\t{ref}{base}G\t{ref}\t.\t.\t.\n")
+        if ref == base:
+            assert len(list(VariantFile(path, genome))) == 1
+        else:
+            with pytest.raises(
+                UnreadableInput, match=rf"REF is {ref}{base}G but .* has {code}{code}G"
+            ):
+                list(VariantFile(path, genome))
+
+
+@pytest.mark.parametrize(
     ("line", "words"),
     [
         ("two\t4\t.\tG\tT\t.\t.\t.", r"v\.vcf:3: REF is G but .*genome\.fa has C at two:4"),

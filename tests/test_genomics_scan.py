@@ -262,6 +262,16 @@ def test_both_alleles_are_read_in_one_length(start, ref, alt):
     assert alternative[offset : offset + len(alt)] == alt[: 40 - offset]
 
 
+def test_a_code_of_the_genome_is_read_as_the_base_of_ref():
+    genome = MemoryGenome({"one": SEQUENCE[:400] + "R" + SEQUENCE[401:]}, "g")
+    for alt in ("T", "TTT", "G"):
+        reference, alternative, offset = allele_windows(
+            genome, Variant("one", 400, "A", alt, ""), 40
+        )
+        assert reference == SEQUENCE[400 - offset : 400] + "A" + SEQUENCE[401 : 440 - offset]
+        assert alternative[offset : offset + len(alt)] == alt
+
+
 def test_a_variant_scores_the_difference_of_its_alleles():
     task = task_of(Classification, PooledHead, ["n", "p"], strands="equivariant")
     scorer = VariantScorer(task, DNAPreprocessing(), MemoryGenome(GENOME, "g"), window=60)
