@@ -158,7 +158,10 @@ def _parser() -> argparse.ArgumentParser:
         "checkpoint", metavar="CHECKPOINT", help="a folder, or a name on the Hugging Face Hub"
     )
     generate.add_argument("--prompt", required=True, help="text to continue; - is standard input")
-    generate.add_argument("--max-new-tokens", type=int, default=100)
+    generate.add_argument("--max-new-tokens", type=int, default=100, help="at most (default: 100)")
+    generate.add_argument(
+        "--ignore-eos", action="store_true", help="go on after the checkpoint's end-of-text token"
+    )
     generate.add_argument(
         "--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)"
     )
@@ -445,9 +448,11 @@ def _generate(arguments: argparse.Namespace) -> int:
     ids = tokenizer.encode(prompt).ids
     if not ids:
         raise ValueError("--prompt is empty; a language model continues what it is given")
+    ends = [] if arguments.ignore_eos else language.end_tokens(arguments.checkpoint, tokenizer)
     tokens = model.generate(
         torch.tensor([ids], device=device),
         arguments.max_new_tokens,
+        stop=ends,
         temperature=arguments.temperature,
         top_k=arguments.top_k,
         top_p=arguments.top_p,

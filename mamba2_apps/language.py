@@ -4,7 +4,7 @@ Dimensions: batch b · seqlen l · vocabulary v
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, Self
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mamba2_apps import layouts
 from mamba2_apps.backbone import Backbone, BackboneConfig
-from mamba2_apps.checkpoint import LANGUAGE_MODEL_FORMAT, write_folder
+from mamba2_apps.checkpoint import CONFIG_NAME, LANGUAGE_MODEL_FORMAT, read_json, write_folder
 from mamba2_apps.heads import LanguageModelHead, pool_tokens
 
 
@@ -62,13 +62,13 @@ class LanguageModel(nn.Module):
         """Logits (b, l, v) of the token after each of ids (b, l) int64."""
         return self.head(self.backbone(self.embedding(ids), mask=mask))
 
-    @torch.inference_mode()
     def generate(
         self,
         ids: Tensor,
         max_new_tokens: int,
         *,
         mask: Tensor | None = None,
+        stop: Collection[int] = (),
         temperature: float = 0.0,
         top_k: int | None = None,
         top_p: float | None = None,
@@ -78,7 +78,9 @@ class LanguageModel(nn.Module):
 
         Args:
             ids: prompt (b, l) int64.
-            max_new_tokens: tokens to yield.
+            max_new_tokens: tokens to yield at most.
+            stop: tokens that end a row's text, such as `end_tokens` gives; the row repeats it until
+                all rows have ended.
             mask: (b, l) bool, True where a prompt has tokens; None: everywhere.
             temperature: 0 takes the likeliest token; above, samples.
             top_k: sample among the k likeliest only.
@@ -87,15 +89,36 @@ class LanguageModel(nn.Module):
 
         Attention layers keep all keys: their cost grows with the text.
         """
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
         _check_sampling(temperature, top_k, top_p)
+        sampling = (temperature, top_k, top_p, generator)
+        return self._tokens(ids, max_new_tokens, mask, stop, sampling)
+
+    @torch.inference_mode()
+    def _tokens(
+        self,
+        ids: Tensor,
+        count: int,
+        mask: Tensor | None,
+        stop: Collection[int],
+        sampling: tuple[float, int | None, float | None, torch.Generator | None],
+    ) -> Iterator[Tensor]:
+        """What `generate` yields; apart, so that its checks are made where it is called."""
         hidden, state = self.backbone(self.embedding(ids), mask=mask, return_state=True)
         last = pool_tokens(hidden, mask, "last")
-        for count in range(max_new_tokens):
+        ends = torch.tensor(list(stop), dtype=ids.dtype, device=ids.device)
+        token, ended = ids[:, -1], ids.new_zeros(len(ids), dtype=torch.bool)
+        for left in reversed(range(count)):
             logits = self.head(last[:, None])[:, 0, : self.vocab_size].float()
-            token = _choose(logits, temperature, top_k, top_p, generator)
+            chosen = _choose(logits, *sampling)
+            token = torch.where(ended, token, chosen) if stop else chosen
             yield token
-            if count + 1 < max_new_tokens:
-                last, state = self.backbone.step(self.embedding(token), state)
+            if stop:
+                ended = ended | torch.isin(token, ends)
+            if left == 0 or (stop and ended.all()):
+                return
+            last, state = self.backbone.step(self.embedding(token), state)
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Write config.json and model.safetensors into the directory `path`, each atomically."""
@@ -178,6 +201,28 @@ def load_tokenizer(path_or_repo: str | os.PathLike[str]) -> Any:
             "tokenizers library (state-spaces' models use that of EleutherAI/gpt-neox-20b)"
         )
     return Tokenizer.from_file(str(path))
+
+
+def end_tokens(path_or_repo: str | os.PathLike[str], tokenizer: Any) -> list[int]:
+    """The tokens that end a text of a checkpoint; none where nothing in its folder names one.
+
+    As in transformers those of generation_config.json, or of config.json; a checkpoint that names
+    none there may have a tokenizer_config.json, whose `eos_token` is a text.
+
+    Args:
+        path_or_repo: the checkpoint.
+        tokenizer: what `load_tokenizer` gives for it.
+    """
+    folder = layouts.local_folder(path_or_repo)
+    for name in ("generation_config.json", CONFIG_NAME):
+        path = folder / name
+        found = read_json(path).get("eos_token_id") if path.is_file() else None
+        if found is not None:
+            return [found] if isinstance(found, int) else list(found)
+    path = folder / "tokenizer_config.json"
+    text = read_json(path).get("eos_token") if path.is_file() else None
+    token = tokenizer.token_to_id(text["content"] if isinstance(text, dict) else text or "")
+    return [] if token is None else [token]
 
 
 def text_pieces(tokenizer: Any, ids: list[int], tokens: Iterator[Tensor]) -> Iterator[str]:

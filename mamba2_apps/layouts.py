@@ -117,7 +117,7 @@ def local_folder(path_or_repo: str | os.PathLike[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    texts = [CONFIG_NAME, "tokenizer*.json"]
+    texts = [CONFIG_NAME, "generation_config.json", "tokenizer*.json"]
     try:
         folder = Path(snapshot_download(name, allow_patterns=[*texts, "model*.safetensors*"]))
         if not any(folder.glob("*.safetensors")):

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, models
 
 from mamba2_apps import cli, layouts
 from mamba2_apps.backbone import Backbone, BackboneConfig
-from mamba2_apps.language import LanguageModel, load_tokenizer, text_pieces
+from mamba2_apps.language import LanguageModel, end_tokens, load_tokenizer, text_pieces
 
 transformers = pytest.importorskip("transformers")
 
@@ -67,6 +67,45 @@ def test_generates_token_by_token_what_transformers_generates(tmp_path):
             assert torch.equal(ours(again)[:, length - 1 :].argmax(-1), found)
 
 
+def test_texts_end_where_transformers_ends_them(tmp_path):
+    model = theirs()
+    model.save_pretrained(tmp_path)
+    ours = LanguageModel.from_pretrained(tmp_path)
+    free = torch.stack(list(ours.generate(IDS, 12)), 1)
+    ends = [int(free[0, 3]), int(free[1, 7])]
+    assert not set(free[0, :3].tolist() + free[1, :7].tolist()) & set(ends)
+    for row, end in enumerate(ends):
+        assert torch.equal(
+            torch.stack(list(ours.generate(IDS[row : row + 1], 12, stop=[end])), 1),
+            model.generate(
+                IDS[row : row + 1],
+                attention_mask=torch.ones(1, 21),  # else its padding token's number is padding
+                max_new_tokens=12,
+                do_sample=False,
+                eos_token_id=end,
+            )[:, 21:],
+        )
+    both = torch.stack(list(ours.generate(IDS, 12, stop=ends)), 1)
+    assert both.shape == (2, 8)  # as long as the longer one
+    assert torch.equal(both[1], free[1, :8])
+    assert both[0].tolist() == free[0, :3].tolist() + [ends[0]] * 5
+
+
+def test_the_end_of_a_text_is_named_by_the_checkpoint(tmp_path):
+    folder = folder_with_tokenizer(tmp_path)
+    tokenizer = load_tokenizer(folder)
+    assert end_tokens(folder, tokenizer) == [2]  # as generation_config.json says
+    (folder / "generation_config.json").write_text('{"eos_token_id": [3, 4]}')
+    assert end_tokens(folder, tokenizer) == [3, 4]
+    (folder / "generation_config.json").unlink()
+    assert end_tokens(folder, tokenizer) == [2]  # as config.json says
+    (folder / "config.json").write_text("{}")  # as state-spaces' say nothing
+    assert end_tokens(folder, tokenizer) == []
+    for text in ('"?"', '{"content": "?"}'):
+        (folder / "tokenizer_config.json").write_text(f'{{"eos_token": {text}}}')
+        assert end_tokens(folder, tokenizer) == [36]
+
+
 def test_a_prompt_generates_the_same_in_a_padded_batch(tmp_path):
     theirs().save_pretrained(tmp_path)
     ours = LanguageModel.from_pretrained(tmp_path)
@@ -94,9 +133,9 @@ def test_samples_follow_the_generator_and_the_limits(tmp_path):
     greedy = torch.stack(list(ours.generate(IDS % 30, 20)), 1)
     assert torch.equal(sample(3, temperature=2.0, top_k=1), greedy)
     assert torch.equal(sample(3, temperature=2.0, top_p=1e-6), greedy)
-    for options in ({"temperature": -1}, {"top_k": 0}, {"top_p": 1.5}):
+    for options in ({"temperature": -1}, {"top_k": 0}, {"top_p": 1.5}, {"max_new_tokens": 0}):
         with pytest.raises(ValueError, match=f"{next(iter(options))} is"):
-            list(ours.generate(IDS, 1, **options))
+            ours.generate(IDS, **{"max_new_tokens": 1, **options})
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -315,6 +354,20 @@ def test_generate_on_the_command_line(tmp_path, capsys):
     tokens = torch.stack(list(model.generate(prompt, 9)), 1)[0].tolist()
     assert text == f"abc{tokenizer.decode(ids + tokens)[len(tokenizer.decode(ids)) :]}\n"
     assert "".join(text_pieces(tokenizer, ids, model.generate(prompt, 9))) == text[3:-1]
+    # Its fifth token is made the one that ends a text.
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": tokens[4]}))
+    assert tokens[4] not in tokens[:4]
+    assert cli.main(words) == 0
+    assert (
+        capsys.readouterr().out
+        == f"abc{tokenizer.decode(ids + tokens[:5])[len(tokenizer.decode(ids)) :]}\n"
+    )
+    assert cli.main([*words, "--ignore-eos"]) == 0
+    assert capsys.readouterr().out == text
+    assert cli.main([*words, "--max-new-tokens=-1"]) == 2
+    refused = capsys.readouterr()
+    assert "max_new_tokens is -1, expected at least 1" in refused.err
+    assert refused.out == ""
     assert cli.main([*words, "--temperature=1", "--seed=1"]) == 0
     assert cli.main(["generate", str(tmp_path), "--prompt=a"]) == 2
     (folder / "tokenizer.json").unlink()
