@@ -153,6 +153,7 @@ def _train(recipe: Recipe, run: Path) -> dict[str, Any]:
     data.prepare_model(model)
     adapt(model, recipe.adaptation, start=not (run / LAST).exists())
     task = recipe.task(model, data.labels, recipe.optimizer)
+    _check_monitor(recipe.trainer.monitor, task)
     if not _rank():
         _write_what_prediction_needs(data, run)
         print(_plan(recipe), file=sys.stderr)
@@ -163,6 +164,14 @@ def _train(recipe: Recipe, run: Path) -> dict[str, Any]:
     if _rank():
         return {}
     return _finish(recipe, run, recorder, time.monotonic() - started)
+
+
+def _check_monitor(monitor: str, task: Task) -> None:
+    """Raise ValueError where no epoch will have the value, before the first one is trained."""
+    parts = (task.train_scores, task.val_scores)
+    known = [f"{scores.part}/{name}" for scores in parts for name in ("loss", *scores.metrics)]
+    if monitor not in known:
+        raise ValueError(f"trainer.monitor is {monitor!r}, expected one of {', '.join(known)}")
 
 
 def _write_what_prediction_needs(data: DataModule, run: Path) -> None:
