@@ -80,6 +80,24 @@ def test_given_parts_are_taken_and_validation_is_the_test_without_one(tmp_path):
     assert len(small(tmp_path).test_set) == 9
 
 
+def test_validation_is_held_out_of_train_without_a_folder_of_its_own(tmp_path):
+    photos(tmp_path / "train", count=10)
+    data = small(tmp_path, val_fraction=0.2)
+    assert (len(data.train_set), len(data.val_set), len(data.test_set)) == (24, 6, 6)
+    photos(tmp_path / "test", count=3)
+    data = small(tmp_path, val_fraction=0.2)
+    assert (len(data.train_set), len(data.val_set), len(data.test_set)) == (24, 6, 9)
+    held = {*data.train_set.sources, *data.val_set.sources}
+    assert len(held) == 30
+    assert not any(str(tmp_path / "test") in path for path in held)
+    assert set(data.val_set.targets) == {0, 1, 2}
+    photos(tmp_path / "valid", count=2)
+    with pytest.raises(
+        ValueError, match=r"valid: beside .*train the folders val and test are read"
+    ):
+        small(tmp_path)
+
+
 def test_mistakes_in_a_folder_are_named(tmp_path):
     with pytest.raises(ValueError, match="none does not exist; expected a folder with one folder"):
         small(tmp_path / "none")

@@ -459,9 +459,9 @@ class PhotoData(ImageData):
 class ImageFolder(PhotoData):
     """Photos in a folder for each class, such as flowers/rose/1.jpg.
 
-    Where `folder` holds the folders train and val (and test), these are the parts; without test the
-    validation photos are tested on. Else every folder in it is a class, and fixed, stratified parts
-    are held out.
+    Where `folder` holds the folders train, val and test, these are the parts; without val a fixed,
+    stratified part of train chooses the epoch, without test the validation photos are tested on.
+    Where it holds no train, every folder in it is a class, and such parts are held out.
 
     Args:
         folder: the folder.
@@ -496,7 +496,9 @@ class ImageFolder(PhotoData):
         self.test_set = test[0] if test else self.val_set
 
     def _given_parts(self) -> list[tuple[list[str], list[int]]]:
-        parts = ["train", "val", *(["test"] if (self.folder / "test").is_dir() else [])]
+        parts = ["train", *(part for part in ("val", "test") if (self.folder / part).is_dir())]
+        if "val" not in parts:
+            self._refuse_other_parts()
         found = {part: _classes_in(self.folder / part) for part in parts}
         self.labels = _checked_labels(found["train"], self.folder / "train")
         for part in parts:
@@ -505,7 +507,20 @@ class ImageFolder(PhotoData):
                     f"{self.folder / part / name}: a class that {self.folder / 'train'} does not "
                     "have; training would never see it: move it, remove it or correct its name"
                 )
-        return [_listed(found[part], self.labels) for part in parts]
+        train, *others = [_listed(found[part], self.labels) for part in parts]
+        if "val" in parts:
+            return [train, *others]
+        fit, val, _ = held_out(*train, self.val_fraction, 0.0)
+        return [fit, val, *others]
+
+    def _refuse_other_parts(self) -> None:
+        """Raise ValueError for a folder beside train that may be meant as val, such as valid."""
+        for path in sorted(self.folder.iterdir()):
+            if path.is_dir() and path.name.lower().startswith(("val", "dev")):
+                raise ValueError(
+                    f"{path}: beside {self.folder / 'train'} the folders val and test are read; "
+                    "call it val, or move it elsewhere for a val to be held out of train"
+                )
 
     def _held_out_parts(self) -> list[tuple[list[str], list[int]]]:
         found = _classes_in(self.folder)
