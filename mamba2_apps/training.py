@@ -383,6 +383,11 @@ class Recorder(Checkpoint):
         monitor = self.config.monitor
         if monitor not in values:
             raise ValueError(f"trainer.monitor is {monitor!r}, expected one of {sorted(values)}")
+        if math.isnan(values[monitor]) and math.isfinite(values.get("val/loss", math.nan)):
+            raise ValueError(
+                f"{monitor} is not defined on these data, where all targets are alike, say; set "
+                "--trainer.monitor val/loss, or validate on other data"
+            )
         if not math.isfinite(values[monitor]):
             raise ValueError(
                 f"{monitor} is {values[monitor]} after epoch {len(self.history) + 1}: training "

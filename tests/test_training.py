@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from mamba2_apps.tasks import Classification
 from mamba2_apps.training import (
     BEST,
     LAST,
+    Recorder,
     SeedEveryBatch,
     SyncedCheckpointIO,
     TrainerConfig,
@@ -202,6 +204,14 @@ def test_divergence_and_a_wrong_monitor_are_named(tmp_path, monkeypatch):
     assert not (tmp_path / "monitor").exists()
     with pytest.raises(ValueError, match=r"training diverged; lower --optimizer\.lr"):
         train(tmp_path / "lr", "--optimizer.lr=1e30", "--trainer.early_stop_patience=null")
+
+
+def test_a_monitor_that_is_not_defined_is_no_divergence(tmp_path):
+    recorder = Recorder(tmp_path, TrainerConfig(monitor="val/auroc"), threading.Event(), lines=True)
+    with pytest.raises(ValueError, match=r"val/auroc is not defined .*trainer\.monitor val/loss"):
+        recorder._score({"val/loss": 0.3, "val/auroc": float("nan")})
+    with pytest.raises(ValueError, match=r"val/auroc is nan after epoch 1: training diverged"):
+        recorder._score({"val/loss": float("nan"), "val/auroc": float("nan")})
 
 
 def test_the_moving_average_weighs_the_steps_there_were():
