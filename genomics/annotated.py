@@ -40,9 +40,9 @@ from mamba2_apps.genomics.regions import (
     Windows,
     check_apart,
     check_chance,
-    cropped,
     cut_share,
     parsed,
+    shifted,
     whole,
     without,
 )
@@ -116,8 +116,8 @@ def _codon_places(gene: Feature) -> Iterator[tuple[int, np.ndarray]]:
 class AnnotatedWindows(Dataset[Sample]):
     """Windows of a genome with the labels of their bases.
 
-    Targets are (l, k) float32, NaN outside what is known. With `slack`, windows begin that many
-    bases earlier and end later, for `AnnotatedGenome.augment` to cut from.
+    Targets are (l, k) float32, NaN outside what is known. A window moves by up to `shift` bases
+    whenever it is read.
     """
 
     def __init__(
@@ -127,19 +127,19 @@ class AnnotatedWindows(Dataset[Sample]):
         windows: Sequence[Window],
         targets: Sequence[Target],
         encode: Any,
-        slack: int = 0,
+        shift: int = 0,
     ) -> None:
         self.genome, self.windows, self.targets = genome, list(windows), targets
-        self.encode, self.slack = encode, slack
+        self.encode, self.shift = encode, shift
         self.genes: dict[str, list[Feature]] = {}
         for gene in sorted(genes, key=lambda gene: gene.start):
             self.genes.setdefault(gene.contig, []).append(gene)
         self.longest = max((len(gene) for gene in genes), default=0)
 
     def __getitem__(self, index: int) -> Sample:
-        window = self.windows[index]
-        start = max(window.start - self.slack, 0)
-        end = min(window.end + self.slack, self.genome[window.contig])
+        length = self.genome[self.windows[index].contig]
+        window = shifted(self.windows[index], self.shift, 0, length)
+        start, end = window.start, window.end
         genes = [g for g in self.genes.get(window.contig, []) if g.start < end and g.end > start]
         labels = paint(genes, start, end, self.targets).astype(np.float32)
         known = np.zeros(end - start, bool)
@@ -274,12 +274,11 @@ class AnnotatedGenome(DataModule):
                 raise ValueError(
                     f"the data leave no {'gene' if self.known == 'genes' else 'region'} for {part}"
                 )
-            slack = self.shift if part == "train" else 0
-            sets.append(AnnotatedWindows(self.genome, genes, windows, self.targets, encode, slack))
+            shift = self.shift if part == "train" else 0
+            sets.append(AnnotatedWindows(self.genome, genes, windows, self.targets, encode, shift))
         self.train_set, self.val_set, self.test_set = sets
 
     def augment(self, sample: Sample) -> Sample:
-        sample = cropped(sample, self.window)
         if self.reverse_complement and torch.rand(()) < self.reverse_complement:
             ids, targets = self._turned(sample["inputs"], sample["targets"])
             sample = {**sample, "inputs": ids, "targets": targets}

@@ -25,9 +25,9 @@ from mamba2_apps.genomics.regions import (
     Windows,
     check_apart,
     check_chance,
-    cropped,
     cut_share,
     parsed,
+    shifted,
     whole,
     without,
 )
@@ -49,16 +49,15 @@ class GenomeWindows(Dataset[Sample]):
         windows: Windows,
         tokenizer: Tokenizer,
         soft_mask_weight: float,
-        slack: int,
+        shift: int,
     ) -> None:
         self.genome, self.windows, self.tokenizer = genome, windows, tokenizer
-        self.soft_mask_weight, self.slack = soft_mask_weight, slack
+        self.soft_mask_weight, self.shift = soft_mask_weight, shift
 
     def __getitem__(self, index: int) -> Sample:
         window = self.windows[index]
-        low, high = window.known
-        start, end = max(window.start - self.slack, low), min(window.end + self.slack, high)
-        sequence = self.genome.fetch(window.contig, start, end)
+        window = shifted(window, self.shift, *window.known)
+        sequence = self.genome.fetch(window.contig, window.start, window.end)
         ids = self.tokenizer.encode(sequence)
         weights = torch.where(self.tokenizer.soft_mask(sequence), self.soft_mask_weight, 1.0)
         unknown = torch.tensor(["N" in word for word in [*self.tokenizer.vocabulary, ""]])
@@ -151,12 +150,11 @@ class GenomeText(DataModule):
             windows = Windows(self.regions[part], self.window, genome)
             if not windows:
                 raise ValueError(f"the genomes leave no bases for {part}")
-            slack = self.shift if part == "train" else 0
-            sets.append(GenomeWindows(genome, windows, tokens, self.soft_mask_weight, slack))
+            shift = self.shift if part == "train" else 0
+            sets.append(GenomeWindows(genome, windows, tokens, self.soft_mask_weight, shift))
         self.train_set, self.val_set, self.test_set = sets
 
     def augment(self, sample: Sample) -> Sample:
-        sample = cropped(sample, self.window)
         if self.reverse_complement and torch.rand(()) < self.reverse_complement:
             ids = self.preprocessing.tokens.reverse_complement(sample["inputs"])
             sample = {"inputs": ids, "weights": sample["weights"].flip(0)}

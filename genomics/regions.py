@@ -1,13 +1,12 @@
 """Regions of a genome as training data: what is left of them, and the windows that cover them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import overload
 
 import numpy as np
 import torch
 
-from mamba2_apps.data import Sample
 from mamba2_apps.genomics.intervals import Feature, parse_region, place
 
 
@@ -66,14 +65,17 @@ class Windows(Sequence[Window]):
         return Window(region.contig, first, first + length, (region.start, region.end))
 
 
-def cropped(sample: Sample, length: int) -> Sample:
-    """A random stretch of `length` tokens of "inputs", "targets" and "weights", which go along.
+def shifted(window: Window, most: int, low: int, high: int) -> Window:
+    """A window moved by up to `most` bases either way, between the bases low and high.
 
-    Drawn from torch's global generator; a shorter sample stays as it is.
+    A window of a whole short gene moves too: else its gene would always begin at the same place.
+    Drawn from torch's global generator.
     """
-    spare = len(sample["inputs"]) - length
-    start = int(torch.randint(0, spare + 1, ())) if spare > 0 else 0
-    return {key: value[start : start + length] for key, value in sample.items()}
+    least, largest = max(-most, low - window.start), min(most, high - window.end)
+    if least >= largest:
+        return window
+    by = int(torch.randint(least, largest + 1, ()))
+    return replace(window, start=window.start + by, end=window.end + by)
 
 
 def parsed(texts: Sequence[str], lengths: Mapping[str, int]) -> list[Feature]:

@@ -325,18 +325,38 @@ def test_labels_are_known_within_genes_only(annotated):
             np.testing.assert_array_equal(known, (place >= first) & (place < last))
             assert len(sample["inputs"]) == 64
     sample = data.train_set[0]
-    assert len(sample["inputs"]) == 84
-    torch.manual_seed(3)
     turned = data.augment(sample)
-    assert turned["inputs"].shape == (64,)
     back, labels = data._turned(turned["inputs"], turned["targets"])
-    text = BaseTokenizer().decode(sample["inputs"])
-    at = text.index(BaseTokenizer().decode(back))
-    torch.testing.assert_close(labels, sample["targets"][at : at + 64], equal_nan=True)
-    batch = data.preprocessing.collate([sample, turned])
-    assert batch["targets"].shape == (2, 84, 4)
-    assert batch["targets"][1, 64:].isnan().all()
-    assert batch["mask"].sum(1).tolist() == [84, 64]
+    assert torch.equal(back, sample["inputs"])
+    torch.testing.assert_close(labels, sample["targets"], equal_nan=True)
+    short = {key: value[:40] for key, value in turned.items()}
+    batch = data.preprocessing.collate([sample, short])
+    assert batch["targets"].shape == (2, 64, 4)
+    assert batch["targets"][1, 40:].isnan().all()
+    assert batch["mask"].sum(1).tolist() == [64, 40]
+
+
+def test_training_windows_of_short_genes_begin_anywhere_too(annotated):
+    data = AnnotatedGenome(
+        genome=str(annotated / "g.fa"),
+        annotation=str(annotated / "train.bed"),
+        test_annotation=str(annotated / "test.bed"),
+        targets=["donor"],
+        known="genes",
+        window=512,  # a gene of 90 bases with its margins is one window
+        margin=20,
+        shift=10,
+    )
+    data.setup("fit")
+    torch.manual_seed(0)
+    samples = [data.train_set[1] for _ in range(200)]
+    assert {len(sample["inputs"]) for sample in samples} == {130}
+    starts = [int((~sample["targets"].isnan()).any(1).nonzero()[0]) for sample in samples]
+    assert set(starts) == set(range(10, 31))
+    texts = [BaseTokenizer().decode(s["inputs"]) for s in samples]
+    assert len({text[at : at + 90] for text, at in zip(texts, starts, strict=True)}) == 1
+    whole = data.val_set[0]
+    assert torch.equal(whole["inputs"], data.val_set[0]["inputs"])
 
 
 def test_decoys_are_shuffled_stretches_without_labels(annotated):
