@@ -55,6 +55,7 @@ def run_card(run: Path, *, license: str | None = None) -> str:
     """
     recipe = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
+    test = {name: value for name, value in metrics["test"].items() if value is not None}
     source = recipe["data"]["class_path"].rpartition(".")[2]
     results = [
         EvalResult(
@@ -64,7 +65,7 @@ def run_card(run: Path, *, license: str | None = None) -> str:
             metric_type=name,
             metric_value=value,
         )
-        for name, value in metrics["test"].items()
+        for name, value in test.items()
     ]
     data = ModelCardData(
         library_name="mamba2_apps",
@@ -73,9 +74,9 @@ def run_card(run: Path, *, license: str | None = None) -> str:
         model_name=run.name,
         eval_results=results or None,
     )
-    rows = [f"| {name} | {value:.4f} |" for name, value in metrics["test"].items()]
+    rows = [f"| {name} | {value:.4f} |" for name, value in test.items()]
     for model, scores in metrics["baselines"].items():
-        rows += [f"| {name} of {model} | {value:.4f} |" for name, value in scores.items()]
+        rows += [f"| {k} of {model} | {v:.4f} |" for k, v in scores.items() if v is not None]
     text = (
         f"# {run.name}\n\n{recipe['description']}.\n\n"
         f"{metrics['parameters']:,} parameters, the weights of epoch "

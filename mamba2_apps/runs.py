@@ -4,13 +4,14 @@ config.yaml         the recipe with every value resolved
 model.safetensors   weights of the best epoch (their moving average where the recipe keeps one)
 labels.json         names of the outputs
 preprocessing.json  what was done to the inputs
-metrics.json        test and validation metrics, beside baselines
+metrics.json        test and validation metrics, beside baselines; null: undefined on the data
 metrics.csv         one row per epoch
 README.md           a model card
 curves.png, confusion.png, classes.csv, tensorboard/
 checkpoints/        last.ckpt and best.ckpt, for `train --resume`
 """
 
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -242,9 +243,16 @@ def _finish(recipe: Recipe, run: Path, recorder: Recorder, seconds: float) -> di
     }
     task.report(run)
     recipe.data.report(task, run)
-    write_json(run / METRICS, metrics)
+    write_json(run / METRICS, _without_nan(metrics))
     write_text(run / hub.CARD_NAME, hub.run_card(run))
     return metrics
+
+
+def _without_nan(value: Any) -> Any:
+    """Metrics with None for those that the data leave undefined: JSON has no NaN."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _test(recipe: Recipe, task: Task) -> dict[str, float]:

@@ -1,5 +1,7 @@
 """Model cards and uploads, without a network."""
 
+import json
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -56,5 +58,11 @@ def test_a_run_has_a_card_with_its_metrics(uploads, tmp_path):
     ((_, files, ignored),) = uploads
     assert ModelCard(files["README.md"].decode()).data.license == "mit"
     assert "checkpoints/*" in ignored
+    undefined = runs._without_nan({"test": {"loss": 0.5, "eer": math.nan}, "seed": 0})
+    assert undefined == {"test": {"loss": 0.5, "eer": None}, "seed": 0}
+    changed = json.loads((tmp_path / "run" / "metrics.json").read_text()) | undefined
+    (tmp_path / "run" / "metrics.json").write_text(json.dumps(changed))
+    card = ModelCard(hub.run_card(tmp_path / "run"))
+    assert [result.metric_type for result in card.data.eval_results] == ["loss"]
     with pytest.raises(ValueError, match="absent does not exist"):
         hub.push(tmp_path / "absent", "me/run")
