@@ -26,7 +26,7 @@ BAR = 0.22
 COLUMNS = {"path": "file", "text": "transcript"}
 MODELS = ("mamba2", "joint", "bigru")
 GRU_RECIPE = "bigru.yaml"
-JOINT_EPOCHS = 90  # as many steps as one language has in its 150, and some more
+JOINT_EPOCHS = 60  # as many steps as one language has in its 100, and some more
 
 
 def fit(
