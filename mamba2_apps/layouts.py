@@ -227,6 +227,8 @@ def to_hugging_face(config: Any, vocab_size: int, tied: bool) -> dict[str, Any]:
         "use_conv_bias": config.conv_bias,
         "vocab_size": vocab_size,
         "tie_word_embeddings": tied,
+        # transformers would take 0, 1 and 2, which mean something else in most vocabularies.
+        **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id")),
     }
 
 

@@ -147,6 +147,9 @@ def test_goes_back_to_hugging_face(tmp_path, tied):
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto").eval()
     with torch.no_grad():
         torch.testing.assert_close(model(IDS).logits, ours(IDS), rtol=1e-4, atol=1e-4)
+    # No token of ours means an end, or padding, to transformers.
+    assert model.config.eos_token_id is None
+    assert model.config.pad_token_id is None
     again = LanguageModel.from_pretrained(tmp_path)
     assert again.backbone.config == config
     for name, tensor in ours.state_dict().items():
