@@ -82,6 +82,13 @@ class Prepared:
         return compiled
 
 
+def dot_precision(dtype: torch.dtype) -> str:
+    """tf32 where torch's own products may use it, else three tf32 products for float32 accuracy."""
+    if dtype != torch.float32 or torch.backends.cuda.matmul.allow_tf32:
+        return "tf32"
+    return "tf32x3"
+
+
 def on(device: torch.device) -> Any:
     """Makes it the current device, where it is not."""
     if device.type == "cuda" and device.index != torch.cuda.current_device():

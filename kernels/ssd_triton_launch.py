@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import ssd_triton_interpreter  # noqa: F401
 from . import ssd_triton_plan as planning
-from .launching import Launch, Prepared
+from .launching import Launch, Prepared, dot_precision
 from .ssd_triton_backward import (
     chunk_backward_kernel,
     reduce_kernel,
@@ -36,13 +36,6 @@ def _processors(device: torch.device) -> int:
     if device.type != "cuda":
         return 1
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _precision(dtype: torch.dtype) -> str:
-    """tf32 where torch's own products may use it, else three tf32 products for float32 accuracy."""
-    if dtype != torch.float32 or torch.backends.cuda.matmul.allow_tf32:
-        return "tf32"
-    return "tf32x3"
 
 
 class _WithStates(Prepared):
@@ -79,7 +72,7 @@ class _Call:
         self.of_dt = _strides(dt, 4)
         self.of_z = (0, 0, 0, 0) if z is None else z.stride()
         self.dtype = x.dtype
-        self.dot = _precision(x.dtype)
+        self.dot = dot_precision(x.dtype)
         self.p_block, self.n_block = (
             planning.p_block(self.p, x.dtype),
             planning.n_block(self.n, x.dtype),

@@ -33,6 +33,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from mamba2_apps import kernels
 from mamba2_apps.attention import Attention
+from mamba2_apps.kernels.state_outputs import add_state_outputs
 
 
 class ContextParallel:
@@ -120,8 +121,8 @@ class ContextParallel:
             x, dt, A, B, C, D=D, dt_bias=dt_bias, return_final_states=True, **options
         )
         decays = log_decays(dt, A, dt_bias, **options).cumsum(1)
-        (entering,) = self._entering(states[None], decays[:, -1][None])
-        return y + outputs_of(entering, C, decays).to(y.dtype)
+        entering = self._entering(states[None], decays[:, -1][None])
+        return add_state_outputs(y, entering, C.to(y.dtype), decays[None])
 
     def ssd_bidirectional(
         self,
@@ -149,14 +150,11 @@ class ContextParallel:
         steps = [log_decays(dt[i], A[i], bias[i], **options) for i in (0, 1)]
         forward, reverse = steps[0].cumsum(1), steps[1].flip(1).cumsum(1).flip(1)
         totals = torch.stack([forward[:, -1], reverse[:, 0]])
-        entering = self._entering(states, totals)
-        per_direction = (C, C) if C.ndim == 4 else C
-        for i, decays in enumerate((forward, reverse)):
-            y = y + outputs_of(entering[i], per_direction[i], decays).to(y.dtype)
-        return y
+        decays = torch.stack([forward, reverse])
+        return add_state_outputs(y, self._entering(states, totals), C.to(y.dtype), decays)
 
-    def _entering(self, states: Tensor, totals: Tensor) -> list[Tensor]:
-        """The state that enters this rank's slice, (b, h, p, n), in each direction.
+    def _entering(self, states: Tensor, totals: Tensor) -> Tensor:
+        """The states that enter this rank's slice, (r, b, h, p, n).
 
         states (r, b, h, p, n) are the final ones of the slice, from zero, and totals (r, b, h) the
         logarithms of the decay over it. Direction 0 scans forward, 1 in reverse.
@@ -173,7 +171,7 @@ class ContextParallel:
                 state = decay_of_ranks[j, direction, ..., None, None] * state
                 state = state + of_ranks[j, direction]
             entering.append(state)
-        return entering
+        return torch.stack(entering)
 
     def _gathered(self, x: Tensor) -> Tensor:
         """(w, …): x of every rank."""
@@ -230,22 +228,6 @@ def log_decays(
     steps = dt.to(wide) if dt_bias is None else dt.to(wide) + dt_bias.to(wide)
     steps = F.softplus(steps) if dt_softplus else steps
     return steps.clamp(*dt_limit) * A.to(wide)
-
-
-def outputs_of(state: Tensor, C: Tensor, decays: Tensor) -> Tensor:
-    """What a state that enters a slice gives each token's output, (b, l, h, p).
-
-    Args:
-        state: (b, h, p, n).
-        C: (b, l, g, n).
-        decays: (b, l, h) logarithm of the decay from the slice's edge through each token.
-    """
-    g = C.shape[2]
-    grouped = state.to(C.dtype).unflatten(1, (g, -1)).flatten(2, 3)  # (b, g, h/g · p, n)
-    given = torch.einsum("blgn,bgkn->blgk", C, grouped)
-    return decays.exp().to(C.dtype)[..., None] * given.unflatten(-1, (-1, state.shape[2])).flatten(
-        2, 3
-    )
 
 
 class _Gather(torch.autograd.Function):
