@@ -13,6 +13,8 @@ steps (forward, backward, AdamW):
   is the time over that of one device on its part of the length.
 - a run that loses a process to kill -9 in the middle, resumed on half as many devices.
 
+From the two smallest numbers of devices it extends both curves on paper to 64, see `on_paper`.
+
 Writes results/scale.json, scale.md and scale.png. --cpu runs the same with gloo at small sizes, to
 try the script. Dimensions: batch b · seqlen l
 """
@@ -44,6 +46,13 @@ from mamba2_apps.parallel import split_sequence
 
 DNA = {"d_model": 256, "n_layer": 8, "d_state": 64, "headdim": 64, "bidirectional": True}
 FULL = {"image_batch": 128, "image_size": 224, "bases": 131_072, "part": 1_048_576, "steps": 10}
+# On paper: hosts of eight GPUs; bytes a second that a GPU sends, at 80% of what NVLink and one
+# 400 Gb/s adapter for each GPU carry, and how long a collective takes beside its bytes.
+HOST, PAPER = 8, (8, 16, 32, 64)
+BANDWIDTH = {"within": 0.8 * 450e9, "across": 0.8 * 50e9}
+LATENCY = {"within": 30e-6, "across": 60e-6}
+COLLECTIVES = 5 * DNA["n_layer"]  # states and halo, forward and again in the backward, gradients
+LAST_BUCKET = 25 * 2**20  # bytes that DistributedDataParallel can send only after the backward
 SMALL = {"image_batch": 1, "image_size": 32, "bases": 256, "part": 256, "steps": 2}
 
 
@@ -129,6 +138,7 @@ def data_parallel(sizes: dict[str, int], small: bool, device: torch.device) -> d
             "seconds": seconds,
             "per_second": len(inputs) * dist.get_world_size() / seconds,
             "batch_per_device": len(inputs),
+            "gradient_bytes": sum(4 * p.numel() for p in model.parameters()),
         }
         del whole, model
     return found
@@ -265,6 +275,59 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def on_paper(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Both curves beyond what was measured, for each number of GPUs of `PAPER`.
+
+    Data parallel: a ring sends 2 (n - 1) / n of the gradients' bytes. All but the last bucket
+    travels during the backward, two thirds of a step; what does not fit there comes on top.
+    Context parallel: bytes to each other rank as measured with two, and `COLLECTIVES`; nothing
+    overlaps. What two devices lost beyond that, they lose at any number. Inputs cost nothing.
+    """
+    one, two = (found[n] for n in sorted(found, key=int)[:2])
+    given: dict[str, dict[str, Any]] = {}
+    for n in PAPER:
+        data = {}
+        for name, row in one["data"].items():
+            alone, bytes_ = row["seconds"], row["gradient_bytes"]
+            beyond = max(0.0, two["data"][name]["seconds"] - alone - _ring(2, bytes_, alone))
+            data[name] = alone / (alone + _ring(n, bytes_, alone) + beyond)
+        context = {}
+        for length, row in one["context"].items():
+            alone, measured = row["seconds"], two["context"][length]
+            beyond = max(0.0, measured["seconds"] - alone - _exchange(2, measured["bytes_sent"]))
+            after = alone + beyond + _exchange(n, measured["bytes_sent"])
+            context[length] = after / alone
+        given[str(n)] = {"efficiency": data, "times_one_device": context}
+    return given
+
+
+def _ring(n: int, gradient_bytes: float, step: float) -> float:
+    """Seconds of an all-reduce over n GPUs that a step does not hide."""
+    link = "within" if n <= HOST else "across"
+    seconds = 2 * (n - 1) / n * gradient_bytes / BANDWIDTH[link]
+    last = seconds * min(1.0, LAST_BUCKET / gradient_bytes)
+    return last + max(0.0, seconds - last - 2 / 3 * step) + LATENCY[link]
+
+
+def _exchange(n: int, bytes_of_two: float) -> float:
+    """Seconds that n GPUs exchange states, of which two send `bytes_of_two`."""
+    link = "within" if n <= HOST else "across"
+    return (n - 1) * bytes_of_two / BANDWIDTH[link] + COLLECTIVES * LATENCY[link]
+
+
+def paper_table(paper: dict[str, dict[str, Any]]) -> str:
+    names = [*next(iter(paper.values()))["efficiency"]]
+    lengths = [*next(iter(paper.values()))["times_one_device"]]
+    heads = [f"{name}: efficiency" for name in names]
+    heads += [f"{int(length):,} bases a GPU: × one device" for length in lengths]
+    lines = ["| on paper, GPUs | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+    for n, row in paper.items():
+        cells = [f"{row['efficiency'][name]:.1%}" for name in names]
+        cells += [f"{row['times_one_device'][length]:.2f}" for length in lengths]
+        lines.append(f"| {n} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def draw(found: dict[str, Any]) -> None:
     from matplotlib.figure import Figure
 
@@ -301,14 +364,18 @@ def main() -> None:
         return
     found = {str(n): measure(n, options.cpu) for n in sorted(options.devices)}
     killed = killed_and_resumed(max(options.devices), options.cpu)
-    text = table(found)
+    text, paper = table(found), {}
+    if len(found) > 1:
+        paper = on_paper(found)
+        text += "\n" + paper_table(paper)
     print(text)
     print(killed)
     if options.cpu:
         return  # figures of a trial are no results
     (RESULTS / "scale.md").write_text(text)
     draw(found)
-    write_record("scale", ("torch", "triton", "timm"), {"devices": found, "killed": killed})
+    results = {"devices": found, "on_paper": paper, "killed": killed}
+    write_record("scale", ("torch", "triton", "timm"), results)
 
 
 if __name__ == "__main__":
