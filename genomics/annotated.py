@@ -134,7 +134,6 @@ class AnnotatedWindows(Dataset[Sample]):
         self.genes: dict[str, list[Feature]] = {}
         for gene in sorted(genes, key=lambda gene: gene.start):
             self.genes.setdefault(gene.contig, []).append(gene)
-        self.longest = max((len(gene) for gene in genes), default=0)
 
     def __getitem__(self, index: int) -> Sample:
         length = self.genome[self.windows[index].contig]
@@ -192,7 +191,8 @@ class AnnotatedGenome(DataModule):
         exclude: names of genes whose bases have no label, doubtful ones say.
         window: bases per sample.
         margin: bases around a gene that are given without labels.
-        shift: random shift of training windows, in bases either way.
+        shift: random shift of training windows, in bases either way; beyond `margin` it may cut a
+            gene's ends off.
         reverse_complement: chance that a training window is given as its other strand.
         decoys: chance that a stretch of a training window, an eighth to a half of it, has its bases
             shuffled within some 50 of them and no labels: composition alone makes no gene.

@@ -84,7 +84,7 @@ def decode_orfs(
         contig: name for the features.
         offset: place of the first base on the contig.
         bias: added to the log odds of every base; 0: the model alone decides.
-        threshold: least sum that makes a gene. Both defaults did best on a part of a bacterial
+        threshold: least sum that makes a gene. Both defaults were chosen on a part of a bacterial
             genome that was held out for this (docs/genomics.md).
 
     Raises ValueError where labels of codon places are missing.

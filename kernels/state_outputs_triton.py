@@ -219,5 +219,6 @@ _Direct = register(
 
 def add_state_outputs(y: Tensor, states: Tensor, C: Tensor, decays: Tensor) -> Tensor:
     """`state_outputs.add_state_outputs` with C (1 or r, b, l, g, n)."""
-    run = _Direct.apply if is_plain(y, states, C, decays) else None
-    return (run or torch.ops.mamba2_apps.add_state_outputs_triton)(y, states, C, decays)
+    plain = is_plain(y, states, C, decays)
+    run = _Direct.apply if plain else torch.ops.mamba2_apps.add_state_outputs_triton
+    return run(y, states, C, decays)

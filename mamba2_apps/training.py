@@ -314,7 +314,7 @@ class Recorder(Checkpoint):
     ) -> None:
         done = batch_idx + 1
         if done == trainer.num_training_batches:
-            return  # the epoch's end saves it
+            return  # on_train_epoch_end saves
         steps, between_steps = divmod(done, self.config.accumulate_batches)
         if between_steps:
             return

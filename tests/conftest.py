@@ -18,6 +18,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+@pytest.fixture
+def nan_in_new_tensors():
+    """What a kernel leaves unwritten shows as NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.ones(1).new_empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture(scope="module")
 def one_thread():
     """Small models train faster on one thread; `pytestmark` asks for it in a whole file."""

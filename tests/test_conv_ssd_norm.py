@@ -12,12 +12,7 @@ GPU = [pytest.param("cuda", marks=pytest.mark.gpu)]
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 
 
-@pytest.fixture(autouse=True)
-def nan_in_new_tensors():
-    """What a kernel leaves unwritten shows as NaN."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("nan_in_new_tensors")
 
 
 def draw(b, l, h, p, g, n, directions, further, device="cpu", matrix=False, bias=True):
@@ -127,6 +122,13 @@ def test_is_registered_as_torch_asks():
         operator,
         arguments,
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+    )
+    constants = [t.detach() if isinstance(t, torch.Tensor) else t for t in arguments]
+    with_projection = [*constants[:7], torch.randn(3, 8), *constants[7:]]
+    torch.library.opcheck(
+        torch.ops.mamba2_apps.conv_ssd_norm_linear_triton.default,
+        tuple(with_projection),
+        test_utils=("test_schema", "test_faketensor"),
     )
 
 

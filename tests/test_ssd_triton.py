@@ -35,13 +35,7 @@ DIRECTIONS = [{}, {"reverse": True}, {"both": True}]
 SMALL_CHUNKS = {"forward_chunk": 16, "chunk": 32, "tile": 16}
 
 
-@pytest.fixture(autouse=True)
-def nan_in_new_tensors():
-    """What a kernel leaves unwritten shows as NaN."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.ones(1).new_empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("nan_in_new_tensors")
 
 
 def use_tiling(monkeypatch, **changes):

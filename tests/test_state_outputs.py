@@ -9,12 +9,7 @@ from mamba2_apps.kernels.state_outputs import add_state_outputs
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
-@pytest.fixture(autouse=True)
-def nan_in_new_tensors():
-    """What a kernel leaves unwritten shows as NaN."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("nan_in_new_tensors")
 
 
 def relative_error(a, b):
@@ -67,8 +62,13 @@ def test_is_what_a_scan_gives_with_the_state_before_it():
 )
 def test_triton_matches_float64(monkeypatch, sizes, shared):
     monkeypatch.setattr(state_outputs_triton, "RUN", 64)  # several partial sums
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
     check(*sizes, shared=shared)
+
+
+def test_is_registered_as_torch_asks():
+    tensors = inputs(2, 1, 9, 2, 3, 1, 4, shared=False, dtype=torch.float32)
+    operator = torch.ops.mamba2_apps.add_state_outputs_triton.default
+    torch.library.opcheck(operator, tuple(tensors.values()))
 
 
 @pytest.mark.gpu
