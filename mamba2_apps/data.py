@@ -216,6 +216,11 @@ class DataModule(LightningDataModule, ABC):
         """
         return batch
 
+    @property
+    def evaluation_batch_size(self) -> int:
+        """Samples per step and device of validation and test."""
+        return self.batch_size
+
     def units(self, batch: Sample) -> dict[str, int | Tensor]:
         """How much a batch holds, by what is counted: "samples", and a domain's own units."""
         return {"samples": len(batch["inputs"])}
@@ -276,7 +281,7 @@ class DataModule(LightningDataModule, ABC):
 
     def evaluation_batches(self, size: int, rank: int, world_size: int) -> Iterable[list[int]]:
         """Indices of this rank's batches of a data set that is gone through in order."""
-        return ShardedBatches(size, self.batch_size, rank=rank, world_size=world_size)
+        return ShardedBatches(size, self.evaluation_batch_size, rank=rank, world_size=world_size)
 
     def batches_done(self) -> int:
         """Batches of the epoch to resume that this rank need not see again."""
@@ -288,7 +293,7 @@ class DataModule(LightningDataModule, ABC):
     def _evaluation_loader(self, dataset: Dataset[Sample]) -> DataLoader[Sample]:
         rank, world_size = self._place_among_ranks()
         if world_size == 1:
-            return self._loader(dataset, batch_size=self.batch_size)
+            return self._loader(dataset, batch_size=self.evaluation_batch_size)
         size: int = len(dataset)  # type: ignore[arg-type]
         batches = list(self.evaluation_batches(size, rank, world_size))
         return self._loader(dataset, batch_sampler=batches)

@@ -88,6 +88,11 @@ class FashionMNIST(ImageData):
         # Mean and deviation of the 60,000 training images, on the scale 0 to 1.
         return ImagePreprocessing(height=28, width=28, channels=1, mean=[0.2860], std=[0.3530])
 
+    @property
+    def evaluation_batch_size(self) -> int:
+        # A small training batch must not make hundreds of small steps of the 15,000 others.
+        return max(self.batch_size, 1000)
+
     def setup(self, stage: str) -> None:
         images, targets = self._read("train")
         train, val = train_test_split(
