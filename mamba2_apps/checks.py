@@ -3,7 +3,8 @@
 batch b · seqlen l · d_model d
 """
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 
 def is_count(value: object, least: int = 1) -> bool:
@@ -36,3 +37,11 @@ def check_call(
         )
     if lengths is not None and tuple(lengths.shape) != (u.shape[0],):
         raise ValueError(f"lengths: expected shape ({u.shape[0]},), got {tuple(lengths.shape)}")
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether its weight and bias say all that it does.
+
+    What took the place of nn.Linear, a quantised one or an adapter around it, is to be called.
+    """
+    return type(module) is nn.Linear or parametrize.is_parametrized(module)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mamba2_apps.checks import is_linear
 from mamba2_apps.kernels.dispatch import is_exporting
 
 FEW = 16
@@ -30,6 +31,8 @@ def serves(mixer: Any, u: Tensor) -> bool:
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
         and mixer.context_parallel is None
+        and is_linear(mixer.in_proj)
+        and is_linear(mixer.out_proj)
         and not is_exporting()
         and not torch.compiler.is_compiling()
     )

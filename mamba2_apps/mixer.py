@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mamba2_apps import few_tokens, kernels
-from mamba2_apps.checks import check_call, is_count, require
+from mamba2_apps.checks import check_call, is_count, is_linear, require
 from mamba2_apps.kernels import causal_conv1d, conv_ssd_norm, gated_rms_norm, ssd_step
 from mamba2_apps.kernels.dispatch import HALF, resolve_backend
 from mamba2_apps.padding import LeftAligned, data_positions
@@ -384,7 +384,8 @@ class Mamba2(nn.Module):
             zxBCdt = torch.where(padding, fill, zxBCdt)
         norm: Any = self.norm
         # Without gradients the second projection is part of it, and the norm's output stays inside.
-        projects = not torch.is_grad_enabled() and self.out_proj.bias is None
+        alone = is_linear(self.out_proj) and self.out_proj.bias is None
+        projects = alone and not torch.is_grad_enabled()
         y = conv_ssd_norm(
             zxBCdt,
             self.conv1d.weight.squeeze(1),
@@ -414,7 +415,7 @@ class Mamba2(nn.Module):
         weight, bias = self.in_proj.weight, self.in_proj.bias
         half = torch.is_autocast_enabled("cuda") or u.dtype in HALF
         further = -weight.shape[0] % 8
-        if not half or further == 0:
+        if not half or further == 0 or not is_linear(self.in_proj):
             return self.in_proj(u)
         return F.linear(
             u,

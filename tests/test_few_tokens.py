@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 from mamba2_apps import few_tokens
 from mamba2_apps.backbone import Backbone, BackboneConfig
@@ -51,6 +52,31 @@ def test_steep_decays_stay_finite():
         out, after = mixer(torch.randn(1, 16, 32), state=state, return_state=True)
     assert torch.isfinite(out).all()
     assert torch.isfinite(after.ssm).all()
+
+
+class Adapter(nn.Module):
+    """What libraries of adapters put in the place of a linear layer, with its weight in sight."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.linear, self.weight, self.bias = linear, linear.weight, linear.bias
+
+    def forward(self, x):
+        return 2 * self.linear(x)
+
+
+@pytest.mark.parametrize("name", ["in_proj", "out_proj"])
+def test_what_took_a_projections_place_is_called(name):
+    mixer = Mamba2(32, d_state=8, headdim=16).eval()
+    u = torch.randn(1, 3, 32)
+    with torch.no_grad():
+        before, _ = mixer(u, state=mixer.init_state(1), return_state=True)
+        setattr(mixer, name, Adapter(getattr(mixer, name)))
+        assert not few_tokens.serves(mixer, u)
+        after, _ = mixer(u, state=mixer.init_state(1), return_state=True)
+        stepped, _ = mixer.step(u[:, 0], mixer.init_state(1))
+    assert not torch.allclose(before, after)
+    torch.testing.assert_close(stepped, after[:, 0])
 
 
 def test_gradients_longer_pieces_and_other_types_go_to_the_operators():
