@@ -5,7 +5,7 @@
 Character error rates are of the greedy reading of the manifest's test part, no language model; a
 tenth of the training texts chooses the epoch. "joint" is one model for both languages, scored on
 each. Each fit is a line of results/audio_speech.jsonl when it ends, and is not run again; the
-summary is results/audio_speech.json. Keys of the recipe come after --.
+summary is results/audio_speech.json, of the fits that are done. Keys of the recipe come after --.
 """
 
 import argparse
@@ -77,22 +77,25 @@ def main() -> None:
     ]
     todo = (options.data, options.runs, options.languages, options.overrides)
     done = do_fits(options.fits, keys, fit, *todo, jobs=options.jobs, minutes=options.minutes)
-    if not all(key in done for key in keys):
-        return
-    rows = [done[key] for key in keys]
+    rows = [done[key] for key in keys if key in done]
     table: dict[str, Any] = {}
     for model in options.models:
         for language in options.languages:
             found = [row for row in rows if row["model"] == model and language in row["cer"]]
+            if not found:
+                continue
             table[f"{model} {language}"] = {
+                "seeds": [row["seed"] for row in found],
                 "mean_cer": statistics.mean(row["cer"][language] for row in found),
                 "cer": [row["cer"][language] for row in found],
                 "longest_seconds": max(row["train_seconds"] for row in found),
                 "parameters": found[0]["parameters"],
             }
-    write_record(options.name, ("torch", "triton", "lightning"), {"bar": BAR, "table": table})
+    results = {"bar": BAR, "table": table, "fits": rows}
+    write_record(options.name, ("torch", "triton", "lightning"), results)
     for name, row in table.items():
-        print(f"{name}: CER {row['mean_cer']:.4f} (bar {BAR}), {row['longest_seconds']:.0f} s")
+        cer, seeds = f"{row['mean_cer']:.4f} (bar {BAR})", len(row["seeds"])
+        print(f"{name}: CER {cer}, seeds: {seeds}, {row['longest_seconds']:.0f} s")
 
 
 def error_rates(run: Path, data: Path, languages: list[str]) -> dict[str, float]:

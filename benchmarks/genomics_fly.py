@@ -31,7 +31,7 @@ from mamba2_apps.genomics.sequences import reverse_complement
 
 GENOME = "data/fly/chr2R.fa.gz"
 BAR, AIM, AUROC_BAR = 0.88, 0.93, 0.995
-FLANK, CONTEXT, BOOTSTRAPS = 60, 4096, 1000
+FLANK, CONTEXT, BOOTSTRAPS = 60, 500, 1000
 NEAR = slice(FLANK - 4, FLANK + 8)
 """Bases around a site that have weights."""
 
