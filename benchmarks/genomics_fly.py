@@ -1,14 +1,17 @@
 """Donor sites in 100 held-out fly genes, among every GT inside them.
 
     python benchmarks/genomics_fly.py [--jobs 3] [--pretrained RUN] [-- --trainer.max_epochs=30]
+    python benchmarks/genomics_fly.py --develop --name trial [-- --data.margin=500]
 
 Each fit is `mamba2-apps train genomics/genes` on the 486 training genes; with --pretrained it
 starts from a RUN of `genomics/pretrain`, which has not seen the held-out genes, and is reported
 beside the others. Sites are read in the gene's direction; GC and AT donors are no GT and left out.
 The 95% interval is a bootstrap over genes. Baselines, trained on the GT of the same training genes:
 logistic regression on one-hot bases, 60 on each side, and gradient boosting on position weights and
-hexamer counts. Needs data/fly. Each fit is a line of results/genomics_fly.jsonl when it ends, and
-is not run again; the summary is results/genomics_fly.json.
+hexamer counts. --develop trains without every fifth training gene and scores on these, with several
+numbers of bases around a gene: what is chosen is chosen there. Needs data/fly. Each fit is a line
+of results/genomics_fly.jsonl when it ends, and is not run again; the summary is
+results/genomics_fly.json.
 """
 
 import statistics
@@ -30,8 +33,11 @@ from mamba2_apps.genomics.intervals import Feature
 from mamba2_apps.genomics.sequences import reverse_complement
 
 GENOME = "data/fly/chr2R.fa.gz"
+TRAIN, TEST = "data/fly/genes.train.bed12", "data/fly/genes.test.bed12"
 BAR, AIM, AUROC_BAR = 0.88, 0.93, 0.995
-FLANK, CONTEXT, BOOTSTRAPS = 60, 500, 1000
+FLANK, BOOTSTRAPS = 60, 1000
+CONTEXT, CONTEXTS = 500, (250, 500, 1000, 2000)
+"""Bases around a gene that the model is given: as chosen, and those to choose from."""
 NEAR = slice(FLANK - 4, FLANK + 8)
 """Bases around a site that have weights."""
 
@@ -149,33 +155,61 @@ def baselines(
     }
 
 
-def genes_and_sites(part: str, genome: Genome) -> tuple[list[Feature], Sites]:
-    genes = read_features(f"data/fly/genes.{part}.bed12", genome)
+def genes_and_sites(path: str, genome: Genome) -> tuple[list[Feature], Sites]:
+    genes = read_features(path, genome)
     return genes, sites_of(genes, genome)
 
 
-def fit(key: str, folder: Path, overrides: list[str], pretrained: str | None) -> dict[str, Any]:
-    """Train with one seed and score the held-out sites."""
-    from mamba2_apps import load
+def annotations(folder: Path, develop: bool) -> tuple[str, str]:
+    """Files of the genes to train on and of those to score, as the recipe takes them."""
+    if not develop:
+        return TRAIN, TEST
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = Path(TRAIN).read_text(encoding="utf-8").splitlines(keepends=True)
+    paths = folder / "train.bed12", folder / "held.bed12"
+    paths[0].write_text("".join(row for i, row in enumerate(rows) if i % 5), encoding="utf-8")
+    paths[1].write_text("".join(rows[::5]), encoding="utf-8")
+    return str(paths[0]), str(paths[1])
+
+
+def donors_of(
+    task: Any, genes: list[Feature], sites: Sites, genome: Genome, context: int
+) -> np.ndarray:
+    """Probability of a donor at each site; `context` bases around its gene are given, too."""
     from mamba2_apps.genomics.scan import predict_bases
 
-    seed = int(key.split("seed=")[1])
-    words = [*overrides, f"--seed={seed}"]
-    if pretrained is not None:
-        words.append(f"--adaptation.start={pretrained}")
-    run, metrics = train_into(folder, key, "genomics/genes", words)
-    task = load(run).task
-    genome = Genome(GENOME)
-    genes, sites = genes_and_sites("test", genome)
     values = np.empty(len(sites.gene))
     for index, gene in enumerate(genes):
         region = (gene.contig, gene.start, gene.end)
-        answers, _ = predict_bases(task, genome, regions=[region], window=32768, overlap=CONTEXT)
+        answers, _ = predict_bases(task, genome, regions=[region], window=32768, overlap=context)
         mine = sites.gene == index
         column = task.labels.index(f"donor{gene.strand}")
         values[mine] = answers[region][sites.place[mine] - gene.start, column]
-    scores = scores_of(sites, values)
-    return {
+    return values
+
+
+def fit(
+    key: str,
+    folder: Path,
+    overrides: list[str],
+    pretrained: str | None,
+    train: str,
+    test: str,
+    contexts: tuple[int, ...],
+) -> dict[str, Any]:
+    """Train on the genes of one file with one seed and score the sites of another's."""
+    from mamba2_apps import load
+
+    seed = int(key.split("seed=")[1])
+    words = [f"--data.annotation={train}", f"--data.test_annotation={test}", *overrides]
+    words.append(f"--seed={seed}")
+    if pretrained is not None:
+        words.append(f"--adaptation.start={pretrained}")
+    run, metrics = train_into(folder, key, "genomics/genes", words)
+    task, genome = load(run).task, Genome(GENOME)
+    genes, sites = genes_and_sites(test, genome)
+    scores = scores_of(sites, donors_of(task, genes, sites, genome, CONTEXT))
+    row = {
         "seed": seed,
         "pretrained": pretrained is not None,
         **scores,
@@ -187,21 +221,32 @@ def fit(key: str, folder: Path, overrides: list[str], pretrained: str | None) ->
         "summary": f"AUPRC {scores['auprc']:.4f}, AUROC {scores['auroc']:.4f}, "
         f"{metrics['seconds']:.0f} s",
     }
+    if contexts:
+        row["contexts"] = {
+            context: scores_of(sites, donors_of(task, genes, sites, genome, context))
+            for context in contexts
+        }
+    return row
 
 
 def main() -> None:
     parser = arguments_of_runs("genomics_fly", __doc__, "runs/genomics-fly")
     parser.add_argument("--pretrained", help="RUN of genomics/pretrain to start from")
+    parser.add_argument("--develop", action="store_true", help="score on training genes held out")
     options = parse_of_runs(parser)
+    if options.develop and options.name == "genomics_fly":
+        parser.error("--develop needs a --name of its own")
     kind = "scratch" if options.pretrained is None else "pretrained"
     keys = [f"{kind} seed={seed}" for seed in options.seeds]
-    todo = (options.runs, options.overrides, options.pretrained)
+    train_path, test_path = annotations(options.runs, options.develop)
+    contexts = CONTEXTS if options.develop else ()
+    todo = (options.runs, options.overrides, options.pretrained, train_path, test_path, contexts)
     done = do_fits(options.fits, keys, fit, *todo, jobs=options.jobs, minutes=options.minutes)
     if not all(key in done for key in keys):
         return
     genome = Genome(GENOME)
-    train_genes, train = genes_and_sites("train", genome)
-    _, test = genes_and_sites("test", genome)
+    train_genes, train = genes_and_sites(train_path, genome)
+    _, test = genes_and_sites(test_path, genome)
     print(f"test: {test.donor.sum()} donors among {len(test.donor)} GT")
     scores = baselines(train_genes, train, test, genome)
     means = {}
