@@ -10,6 +10,7 @@ from mamba2_apps.data import EpochSampler, UnreadableInput, seed_generators
 from mamba2_apps.vision.adapter import ConvStem, PatchEmbedding
 from mamba2_apps.vision.data import ImagePreprocessing
 from mamba2_apps.vision.digits import Digits
+from mamba2_apps.vision.fashion_mnist import FashionMNIST
 
 GREY8 = ImagePreprocessing(height=8, width=8, channels=1, mean=[0.5], std=[0.25])
 
@@ -135,6 +136,21 @@ def test_unreadable_images_are_named_with_the_cause(tmp_path):
     assert "2 frames" in error_for("moving.gif")
     with pytest.raises(UnreadableInput, match="float64"):
         GREY8(np.zeros((8, 8)))
+
+
+def test_an_image_too_small_to_show_anything_is_refused_and_a_small_one_enlarged(tmp_path):
+    clothes = FashionMNIST(folder="").preprocessing
+    for preprocessing in (Digits().preprocessing, clothes):
+        for size in ((1, 1), (30, 3)):
+            Image.new("L", size).save(tmp_path / "dot.png")
+            message = (
+                rf"dot.png: {size[0]} x {size[1]} pixels, expected sides of at least 4; .* lar"
+            )
+            with pytest.raises(UnreadableInput, match=message):
+                preprocessing(str(tmp_path / "dot.png"))
+        with pytest.raises(UnreadableInput, match=r"^an image in memory: 1 x 1 pixels"):
+            preprocessing(np.zeros((1, 1), np.uint8))
+        assert preprocessing(np.zeros((4, 5), np.uint8)).shape == (1, *preprocessing.size)
 
 
 def test_folders_stand_for_their_images(tmp_path):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -42,7 +42,7 @@ def open_image(item: Any, name: str | None = None) -> Image.Image:
     Raises:
         UnreadableInput: empty, truncated, animated, CMYK, more than 8 bits, or no image at all.
     """
-    name = name or (str(item) if isinstance(item, str | Path) else "an image in memory")
+    name = name or _name_of(item)
     if isinstance(item, np.ndarray):
         if item.dtype != np.uint8 or not (item.ndim == 2 or item.shape[2:] == (3,)):
             raise UnreadableInput(
@@ -81,6 +81,10 @@ def _checked(image: Image.Image, name: str) -> Image.Image:
     return image
 
 
+def _name_of(item: Any) -> str:
+    return str(item) if isinstance(item, str | Path) else "an image in memory"
+
+
 def _cause(item: Any, error: Exception) -> str:
     size = None
     if isinstance(item, BytesIO):
@@ -100,6 +104,9 @@ class Pictures(Preprocessing):
     channels: int
     mean: Sequence[float]
     std: Sequence[float]
+    min_side: int
+    if_too_small: ClassVar[str] = "remove it, or give a larger one"
+    """What the message about an image under min_side advises."""
 
     def find(self, source: str) -> list[str]:
         return files_under(source, IMAGE_SUFFIXES, "image files")
@@ -113,8 +120,14 @@ class Pictures(Preprocessing):
         """Height and width of the tensors."""
 
     def convert(self, item: Any, name: str | None = None) -> Image.Image:
-        """An image of `channels` channels. Raises UnreadableInput."""
-        return open_image(item, name).convert({1: "L", 3: "RGB"}[self.channels])
+        """An image of `channels` channels. Raises UnreadableInput, also for one too small."""
+        image = open_image(item, name).convert({1: "L", 3: "RGB"}[self.channels])
+        if min(image.size) < self.min_side:
+            raise UnreadableInput(
+                f"{name or _name_of(item)}: {image.width} x {image.height} pixels, expected sides "
+                f"of at least {self.min_side}; {self.if_too_small}"
+            )
+        return image
 
     def normalize(self, pixels: Tensor) -> Tensor:
         """Pixels (H, W, c) from 0 to 1 to the model's input (c, H, W)."""
@@ -136,6 +149,8 @@ class ImagePreprocessing(Pictures):
         channels: 1 for grey levels, 3 for RGB.
         mean: value per channel, on the scale 0 to 1, that becomes 0.
         std: standard deviation per channel, which becomes 1.
+        min_side: an image with a shorter side in pixels is refused: nothing can be seen in it.
+            From there on smaller images than the model's are enlarged.
     """
 
     height: int
@@ -143,6 +158,7 @@ class ImagePreprocessing(Pictures):
     channels: int
     mean: list[float]
     std: list[float]
+    min_side: int = 4
 
     @property
     def size(self) -> tuple[int, int]:
@@ -177,19 +193,11 @@ class PhotoPreprocessing(Pictures):
     crop_pct: float
     interpolation: str
     min_side: int
+    if_too_small: ClassVar[str] = "remove it, or lower data.min_side"
 
     @property
     def size(self) -> tuple[int, int]:
         return self.img_size, self.img_size
-
-    def convert(self, item: Any, name: str | None = None) -> Image.Image:
-        image = super().convert(item, name)
-        if min(image.size) < self.min_side:
-            raise UnreadableInput(
-                f"{name or item}: {image.width} x {image.height} pixels, expected sides of at "
-                f"least {self.min_side}; remove it, or lower data.min_side"
-            )
-        return image
 
     def __call__(self, item: Any, name: str | None = None) -> Tensor:
         return self._transform(self.convert(item, name))
