@@ -351,11 +351,19 @@ def check_unique(names: Sequence[str], what: str) -> None:
 def files_under(source: str, suffixes: Sequence[str], what: str) -> list[str]:
     """`source` itself when it is a file, or every file below it with one of `suffixes`, sorted.
 
+    Names that start with a dot, of folders too, are what other programs keep for themselves, such
+    as .ipynb_checkpoints, and are passed over.
+
     Raises ValueError that names the path when it does not exist or holds none.
     """
     path = Path(source)
     if path.is_dir():
-        found = sorted(str(p) for p in path.rglob("*") if p.suffix.lower() in suffixes)
+        found = sorted(
+            str(p)
+            for p in path.rglob("*")
+            if p.suffix.lower() in suffixes
+            and not any(part.startswith(".") for part in p.relative_to(path).parts)
+        )
         if not found:
             raise ValueError(f"{source} holds no {what} (expected {', '.join(suffixes)})")
         return found

@@ -98,6 +98,42 @@ def test_validation_is_held_out_of_train_without_a_folder_of_its_own(tmp_path):
         small(tmp_path)
 
 
+def test_what_a_folder_holds_beside_its_images_is_counted_or_hidden(tmp_path, capsys):
+    photos(tmp_path)
+    image = Image.open(tmp_path / "dark" / "0.png")
+    image.save(tmp_path / "dark" / "10.jfif", "JPEG")
+    image.save(tmp_path / "dark" / "11.avif", "AVIF")
+    for hidden in (".ipynb_checkpoints", "dark/.thumbnails"):
+        (tmp_path / hidden).mkdir()
+        image.save(tmp_path / hidden / "0.png")
+    image.save(tmp_path / "dark" / "._0.png")
+    data = small(tmp_path)
+    assert data.labels == list(CLASSES)
+    assert sum(map(len, (data.train_set, data.val_set, data.test_set))) == 32
+    assert capsys.readouterr().err == ""
+    image.save(tmp_path / "loose.png")
+    for name in ("dark/a.txt", "grey/1.heic", "grey/2.heic"):
+        (tmp_path / name).touch()
+    data = small(tmp_path)
+    assert sum(map(len, (data.train_set, data.val_set, data.test_set))) == 32
+    said = capsys.readouterr().err
+    assert said.startswith(
+        f"left out: 4 of the files in {tmp_path}, such as {tmp_path}/grey/1.heic; "
+    )
+    assert said.count("\n") == 1
+
+
+def test_a_folder_beside_the_given_parts_is_counted_and_links_are_looked_into(tmp_path, capsys):
+    photos(tmp_path / "elsewhere", count=3)
+    (tmp_path / "elsewhere" / "dark" / "x.heic").touch()
+    given = tmp_path / "given"
+    photos(given / "val", count=2)
+    photos(given / "extra", classes=["dark"], count=5)
+    (given / "train").symlink_to(tmp_path / "elsewhere")
+    assert len(small(given).train_set) == 9
+    assert f"left out: 6 of the files in {given}, such as {given}/extra/" in capsys.readouterr().err
+
+
 def test_mistakes_in_a_folder_are_named(tmp_path):
     with pytest.raises(ValueError, match="none does not exist; expected a folder with one folder"):
         small(tmp_path / "none")

@@ -3,15 +3,17 @@
 Dimensions: batch b · channels c · height H · width W · classes k
 """
 
+import glob
 import re
 import sys
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from io import BytesIO
 from pathlib import Path
+from statistics import mode
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -27,7 +29,18 @@ from mamba2_apps.data import DataModule, Preprocessing, Sample, UnreadableInput,
 from mamba2_apps.tasks import Classification
 from mamba2_apps.vision import reports
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
+IMAGE_SUFFIXES = (
+    ".png",
+    ".jpg",
+    ".jpeg",
+    ".jfif",
+    ".bmp",
+    ".gif",
+    ".tif",
+    ".tiff",
+    ".webp",
+    ".avif",
+)
 MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "YCbCr"}
 _WIDE = re.compile(r"\b(L|LA|RGB|RGBA|RGBX);16")
 
@@ -471,6 +484,9 @@ class ImageFolder(PhotoData):
     stratified part of train chooses the epoch, without test the validation photos are tested on.
     Where it holds no train, every folder in it is a class, and such parts are held out.
 
+    Names that start with a dot are passed over. What else is no image in a folder of a class, by
+    IMAGE_SUFFIXES, is counted in one line on standard error.
+
     Args:
         folder: the folder.
         val_fraction: part of the photos that chooses the epoch, where there is no folder val.
@@ -508,6 +524,7 @@ class ImageFolder(PhotoData):
         if "val" not in parts:
             self._refuse_other_parts()
         found = {part: _classes_in(self.folder / part) for part in parts}
+        self._say_what_is_not_read(found.values())
         self.labels = _checked_labels(found["train"], self.folder / "train")
         for part in parts:
             for name in found[part].keys() - set(self.labels):
@@ -532,6 +549,7 @@ class ImageFolder(PhotoData):
 
     def _held_out_parts(self) -> list[tuple[list[str], list[int]]]:
         found = _classes_in(self.folder)
+        self._say_what_is_not_read([found])
         self.labels = _checked_labels(found, self.folder)
         few = min(found, key=lambda name: len(found[name]))
         if len(found[few]) < 3:
@@ -541,6 +559,21 @@ class ImageFolder(PhotoData):
             )
         paths, targets = _listed(found, self.labels)
         return held_out(paths, targets, self.val_fraction, self.test_fraction)
+
+    def _say_what_is_not_read(self, found: Iterable[dict[str, list[str]]]) -> None:
+        read = {path for classes in found for paths in classes.values() for path in paths}
+        # glob passes over names with a dot, and follows links to folders.
+        names = glob.iglob("**/*", root_dir=self.folder, recursive=True)
+        paths = {str(self.folder / name) for name in names} - read
+        others = sorted(path for path in paths if Path(path).is_file())
+        if others:
+            commonest = mode(Path(path).suffix for path in others)
+            example = next(path for path in others if Path(path).suffix == commonest)
+            print(
+                f"left out: {len(others)} of the files in {self.folder}, such as {example}; "
+                f"expected images ({', '.join(IMAGE_SUFFIXES)}) in a folder for each class",
+                file=sys.stderr,
+            )
 
 
 class TimmImages(PhotoData):
@@ -669,7 +702,8 @@ def _classes_in(folder: Path) -> dict[str, list[str]]:
     """Image files by the name of the folder that they are in."""
     if not folder.is_dir():
         raise ValueError(f"{folder} does not exist; expected a folder with one folder per class")
-    names = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    paths = [path for path in folder.iterdir() if not path.name.startswith(".")]
+    names = sorted(path.name for path in paths if path.is_dir())
     return {name: files_under(str(folder / name), IMAGE_SUFFIXES, "image files") for name in names}
 
 
