@@ -458,6 +458,23 @@ def test_a_folder_of_photos_becomes_a_run_that_answers(trained):
     assert set(answers[0]["probabilities"]) == set(CLASSES)
 
 
+def test_a_run_keeps_what_was_left_out_of_each_part(trained, tmp_path):
+    _, run, _ = trained
+    images = {"train": 21, "val": 3, "test": 6}
+    assert json.loads((run / "data.json").read_text()) == {"images": images, "left_out": {}}
+    for part, count in (("train", 4), ("test", 3)):
+        photos(tmp_path / part, count=count)
+    (tmp_path / "test" / "dark" / "1.png").write_bytes(b"")
+    train("imagefolder", tmp_path, tmp_path / "run", 16, "--data.unreadable=skip")
+    told = json.loads((tmp_path / "run" / "data.json").read_text())
+    assert told["images"] == {"train": 9, "val": 3, "test": 8}
+    (message,) = told["left_out"].pop("test")
+    assert message.startswith(
+        f"{tmp_path}/test/dark/1.png: not a readable image (the file is empty"
+    )
+    assert told["left_out"] == {"train": [], "val": []}
+
+
 def test_a_mistake_found_before_training_leaves_no_run_behind(tmp_path):
     folder = photos(tmp_path / "photos")
     with pytest.raises(ValueError, match="photo does not exist"):

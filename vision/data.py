@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from mamba2_apps.data import DataModule, Preprocessing, Sample, UnreadableInput, files_under
+from mamba2_apps.files import write_json
 from mamba2_apps.tasks import Classification
 from mamba2_apps.vision import reports
 
@@ -359,7 +360,8 @@ class PhotoData(ImageData):
         min_side: an image with a shorter side in pixels is refused.
         augmentation: random changes of the training photos.
         unreadable: error: a file that cannot be read ends training with a sentence; skip: all files
-            are read once before training, and those that cannot be read are named and left out.
+            are read once before training, and those that cannot be read are left out, and named on
+            standard error and in the RUN's data.json.
         batch_size: images per step and device.
         num_workers: processes that decode and augment; 0 does it in the training process.
         balanced: draw every class equally often while training, with replacement.
@@ -393,6 +395,8 @@ class PhotoData(ImageData):
             )
         self.interpolation, self.min_side = interpolation, min_side
         self.augmentation, self.unreadable = augmentation, unreadable
+        self.left_out: dict[str, list[str]] = {}
+        """What was left out of each part, as messages."""
 
     @property
     def preprocessing(self) -> PhotoPreprocessing:
@@ -412,6 +416,12 @@ class PhotoData(ImageData):
         self.find_images()
         self._check_seen(self.val_set)  # type: ignore[arg-type]
         self._check_seen(self.test_set)  # type: ignore[arg-type]
+
+    def report(self, task: Any, folder: Path) -> None:
+        sets = {"train": self.train_set, "val": self.val_set, "test": self.test_set}
+        images = {part: len(found) for part, found in sets.items()}  # type: ignore[arg-type]
+        write_json(folder / "data.json", {"images": images, "left_out": self.left_out})
+        super().report(task, folder)
 
     @abstractmethod
     def find_images(self) -> None:
@@ -462,15 +472,14 @@ class PhotoData(ImageData):
         sources: Sequence[Any],
         targets: Sequence[int],
         fetch: Callable[[Any], tuple[Any, str]],
-        *,
-        training: bool = False,
+        part: Literal["train", "val", "test"],
     ) -> ImageFiles:
-        """A data set of images: as pictures to be augmented for training, else as tensors."""
+        """The data set of a part: pictures to be augmented for training, else tensors."""
         preprocessing = self.preprocessing
-        decode = preprocessing.convert if training else preprocessing
+        decode = preprocessing.convert if part == "train" else preprocessing
         classes = np.asarray(targets)
         if self.unreadable == "skip":
-            keep = _readable(sources, fetch, preprocessing)
+            keep, self.left_out[part] = _readable(sources, fetch, preprocessing)
             sources, classes = [sources[i] for i in keep], classes[keep]
             if not keep:
                 raise ValueError("no image of a part could be read; the lines above name them")
@@ -514,10 +523,10 @@ class ImageFolder(PhotoData):
     def find_images(self) -> None:
         given = (self.folder / "train").is_dir()
         parts = self._given_parts() if given else self._held_out_parts()
-        self.train_set, self.val_set, *test = (
-            self.files(*part, fetch=_path_itself, training=i == 0) for i, part in enumerate(parts)
-        )
-        self.test_set = test[0] if test else self.val_set
+        train, val, *test = parts
+        self.train_set = self.files(*train, _path_itself, "train")
+        self.val_set = self.files(*val, _path_itself, "val")
+        self.test_set = self.files(*test[0], _path_itself, "test") if test else self.val_set
 
     def _given_parts(self) -> list[tuple[list[str], list[int]]]:
         parts = ["train", *(part for part in ("val", "test") if (self.folder / part).is_dir())]
@@ -615,13 +624,13 @@ class TimmImages(PhotoData):
         else:
             fit, fit_targets = everything, targets
             val, fetch_val = self._part(val_split)
-        self.train_set = self.files(fit, fit_targets, _Fetch(train), training=True)
-        self.val_set = self.files(*val, fetch_val)
+        self.train_set = self.files(fit, fit_targets, _Fetch(train), "train")
+        self.val_set = self.files(*val, fetch_val, "val")
         if test_split is None:
             self.test_set = self.val_set
         else:
             test, fetch_test = self._part(test_split)
-            self.test_set = self.files(*test, fetch_test)
+            self.test_set = self.files(*test, fetch_test, "test")
 
     def _part(self, split: str) -> tuple[tuple[Any, Any], "_Fetch"]:
         reader, targets = self._read(split)
@@ -742,8 +751,8 @@ def _labels_of(reader: Any, targets: list[int], given: list[str] | None = None) 
 
 def _readable(
     sources: Sequence[Any], fetch: Callable[[Any], tuple[Any, str]], preprocessing: Pictures
-) -> list[int]:
-    """Which sources can be read; the others are named on standard error."""
+) -> tuple[list[int], list[str]]:
+    """Which sources can be read, and messages about the others, which standard error has too."""
 
     def problem(source: Any) -> str | None:
         try:
@@ -759,4 +768,4 @@ def _readable(
         print(f"left out: {text}", file=sys.stderr)
     if bad:
         print(f"{len(bad)} of {len(sources)} images could not be read", file=sys.stderr)
-    return [i for i, text in enumerate(problems) if text is None]
+    return [i for i, text in enumerate(problems) if text is None], bad

@@ -53,9 +53,9 @@ class ShardedImages(PhotoData):
                     f"{entries[targets.index(target)]} is of class {target}, which no shard of "
                     f"{train_shards} has; correct the class or {pattern}"
                 )
-        self.train_set = self.files(train[0], train[1], read, training=True)
-        self.val_set = self.files(val[0], val[1], read)
-        self.test_set = self.val_set if test is val else self.files(test[0], test[1], read)
+        self.train_set = self.files(train[0], train[1], read, "train")
+        self.val_set = self.files(val[0], val[1], read, "val")
+        self.test_set = self.val_set if test is val else self.files(test[0], test[1], read, "test")
 
     def _indexed(self, pattern: str) -> tuple[list[Entry], list[int]]:
         """Images of the shards of a pattern, and their classes."""
