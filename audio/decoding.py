@@ -22,6 +22,8 @@ from mamba2_apps.shards import Entry
 SOUNDFILE_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".aiff", ".aif", ".au")
 PYAV_SUFFIXES = (".m4a", ".aac", ".mp4", ".mkv", ".mka", ".webm", ".wma", ".mov", ".amr")
 AUDIO_SUFFIXES = SOUNDFILE_SUFFIXES + PYAV_SUFFIXES
+BLOCK = 2**18
+"""Samples that are read at once where nobody knows how many there are."""
 Source = str | Path | Entry
 """A sound file, or one within a shard."""
 
@@ -46,14 +48,19 @@ class Header(NamedTuple):
 
 
 def read_header(path: Source) -> Header:
-    """Rate, channels and length of a file. Raises UnreadableInput as `read_audio` does."""
-    if _by_pyav(path):
-        samples, rate = read_audio(path)
-        return Header(rate, len(samples), samples.shape[1] / rate)
-    with open_sound(path) as file:
-        if file.frames == 0:
-            raise UnreadableInput(f"{path}: 0 samples")
-        return Header(file.samplerate, file.channels, file.frames / file.samplerate)
+    """Rate, channels and length of a file; where it does not tell its length, it is decoded.
+
+    Raises UnreadableInput as `read_audio` does.
+    """
+    if not _by_pyav(path):
+        with open_sound(path) as file:
+            promised = _promised(file)
+            if promised == 0:
+                raise UnreadableInput(f"{path}: 0 samples")
+            if promised is not None:
+                return Header(file.samplerate, file.channels, promised / file.samplerate)
+    samples, rate = read_audio(path)
+    return Header(rate, len(samples), samples.shape[1] / rate)
 
 
 def read_audio(
@@ -99,6 +106,8 @@ def open_sound(path: Source, *, whole: bool = True) -> Iterator[soundfile.SoundF
         content = stack.enter_context(_bytes_of(path))
         try:
             file = stack.enter_context(soundfile.SoundFile(_given(path, content)))
+            if file.format == "MP3" and not _counts_its_frames(content):
+                file = stack.enter_context(_UncountedMP3(content))
         except (soundfile.LibsndfileError, TypeError) as error:
             cause = "the file is empty" if content.seek(0, 2) == 0 else _cause(error)
             raise UnreadableInput(f"{path}: not a readable sound file ({cause})") from error
@@ -114,12 +123,12 @@ def blocks(path: Source, file: soundfile.SoundFile, size: int) -> Iterator[np.nd
     """
     count = 0
     try:
-        for block in file.blocks(size, dtype="float32", always_2d=True):
+        while len(block := file.read(size, dtype="float32", always_2d=True)):
             count += len(block)
             yield block.T
     except soundfile.LibsndfileError as error:
         raise _undecodable(path, error) from error
-    _check_length(path, count, file.frames)
+    _check_length(path, count, _promised(file))
 
 
 def resample(samples: Tensor, rate: int, new_rate: int) -> Tensor:
@@ -155,6 +164,11 @@ def _read_soundfile(
     path: Source, start: float, end: float | None, whole: bool
 ) -> tuple[np.ndarray, int]:
     with open_sound(path, whole=whole) as file:
+        if _promised(file) is None:
+            found = [np.zeros((file.channels, 0), np.float32), *blocks(path, file, BLOCK)]
+            samples = np.concatenate(found, axis=1)
+            part = part_of(path, start, end, file.samplerate, samples.shape[1])
+            return samples[:, part], file.samplerate
         part = part_of(path, start, end, file.samplerate, file.frames)
         promised = part.stop - part.start
         try:
@@ -184,8 +198,60 @@ def _given(path: Source, content: BinaryIO) -> Any:
     return content if isinstance(path, Entry) else str(path)
 
 
-def _check_length(path: Source, found: int, promised: int) -> None:
-    if found < promised:
+class _UncountedMP3(soundfile.SoundFile):
+    """An MP3 without a header that has the number of frames, to be read on until there is no more.
+
+    libsndfile reads no further than its idea of the length, here the file's size over the bit rate
+    of the first frame: too little where that frame is loud. So the file is said to be longer.
+    """
+
+    def __init__(self, content: BinaryIO) -> None:
+        super().__init__(_EndsLater(content))
+
+    def seekable(self) -> bool:
+        """Not: soundfile seeks after each read, where the decoder loses what one frame of a
+        variable bit rate holds for the next.
+        """
+        return False
+
+
+class _EndsLater:
+    """A file that is said to end a thousand times later than it does."""
+
+    def __init__(self, content: BinaryIO) -> None:
+        self.content, self.end, self.at_end = content, 1000 * content.seek(0, 2), False
+        self.read = content.read
+        content.seek(0)
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self.at_end = whence == 2
+        return self.end if self.at_end else self.content.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self.end if self.at_end else self.content.tell()
+
+
+def _counts_its_frames(content: BinaryIO) -> bool:
+    """Whether an MP3 begins with a header, Xing's or Info's, that has the number of frames.
+
+    Of Fraunhofer's VBRI libsndfile makes no use.
+    """
+    place = content.tell()
+    content.seek(0)
+    while (start := content.read(10))[:3] == b"ID3":  # its size has seven bits in a byte
+        content.seek(sum(byte << 7 * place for place, byte in enumerate(start[:5:-1])), 1)
+    start += content.read(2**10)
+    content.seek(place)
+    return bool(re.search(rb"\0(?:Xing|Info)\0\0\0[\x01\x03\x05\x07\x09\x0b\x0d\x0f]", start))
+
+
+def _promised(file: soundfile.SoundFile) -> int | None:
+    """Samples that a file says it holds; None: it does not say."""
+    return None if isinstance(file, _UncountedMP3) else file.frames
+
+
+def _check_length(path: Source, found: int, promised: int | None) -> None:
+    if promised is not None and found < promised:
         raise UnreadableInput(
             f"{path}: truncated: {found} of {promised} samples; fetch the file again"
         )

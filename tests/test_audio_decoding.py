@@ -7,7 +7,9 @@ import torch
 import torchaudio
 
 from mamba2_apps.audio.decoding import (
+    blocks,
     mix_down,
+    open_sound,
     read_audio,
     read_header,
     resample,
@@ -58,6 +60,39 @@ def test_a_truncated_file_is_named(tmp_path, suffix, kept):
     path.write_bytes(whole[: int(len(whole) * kept)])
     with pytest.raises(UnreadableInput, match=rf"cut\.{suffix}: (truncated|cannot be decoded)"):
         read_audio(path)
+
+
+def headerless(path, samples, mode):
+    """Write an MP3 without its first frame, which counts the others; return their samples."""
+    options = {"bitrate_mode": mode, "compression_level": 0.5}
+    soundfile.write(path, samples, 44100, subtype="MPEG_LAYER_III", **options)
+    raw, starts, place = path.read_bytes(), [], 0
+    kbits = [0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320]
+    while place < len(raw):
+        starts.append(place)
+        place += 144000 * kbits[raw[place + 2] >> 4] // 44100 + (raw[place + 2] >> 1 & 1)
+    path.write_bytes(raw[starts[1] :])
+    return 1152 * (len(starts) - 1)
+
+
+@pytest.mark.parametrize("order", ["loud first", "quiet first"])
+@pytest.mark.parametrize("mode", ["VARIABLE", "CONSTANT"])
+@pytest.mark.parametrize("tag", [b"", b"ID3\x04\0\0\0\0\x01\x02" + bytes(130)])
+def test_an_mp3_that_does_not_count_its_frames_is_read_to_its_end(tmp_path, order, mode, tag):
+    loud = 0.5 * np.random.default_rng(0).standard_normal(3 * 44100).clip(-1, 1)
+    parts = [loud, 1e-4 * np.sin(np.arange(3 * 44100) / 50)]
+    path = tmp_path / "a.mp3"
+    expected = headerless(path, np.concatenate(parts[:: 1 if order == "loud first" else -1]), mode)
+    path.write_bytes(tag + path.read_bytes())
+    samples, rate = read_audio(path)
+    assert (samples.shape, rate) == ((1, expected), 44100)
+    loudness = [float(half.std()) for half in (samples[0, :99225], samples[0, -99225:])]
+    assert (loudness[0] > 0.3) == (order == "loud first") != (loudness[1] > 0.3)
+    assert read_header(path).seconds == expected / 44100
+    assert torch.equal(read_audio(path, start=4, end=5).samples, samples[:, 4 * 44100 : 5 * 44100])
+    with open_sound(path) as file:
+        streamed = np.concatenate(list(blocks(path, file, 4410)), axis=1)
+    assert np.array_equal(streamed, samples.numpy())
 
 
 def test_a_header_written_into_a_pipe_is_no_truncation(tmp_path):
