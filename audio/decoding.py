@@ -262,7 +262,7 @@ def _check_promise(path: Source, file: soundfile.SoundFile) -> None:
 
     libsndfile takes the length of a cut wav, aiff or ogg file from what is left, without an error.
     """
-    match = re.search(r"(?:data|SSND) *: *(\d+) \(should be (\d+)\)", file.extra_info)
+    match = re.search(r"(?:data|SSND|Data Size) *: *(\d+) \(should be (\d+)\)", file.extra_info)
     # A header written before the end was known, as into a pipe, holds 0 or the largest number.
     if match and 0 < int(match[1]) < 2**31 - 2 and int(match[2]) < int(match[1]):
         raise UnreadableInput(
@@ -306,21 +306,29 @@ def _read_pyav(path: Source) -> tuple[np.ndarray, int]:
                 part for frame in container.decode(stream) for part in convert.resample(frame)
             ]
             frames += convert.resample(None)
-            promised = (
-                stream.duration * stream.time_base if stream.duration and stream.time_base else None
-            )
+            promised = _promised_seconds(container, stream)
+            frame_seconds = stream.codec_context.frame_size / rate
     except av.FFmpegError as error:
         raise UnreadableInput(f"{path}: not a readable sound file ({error.strerror})") from error
     if not frames:
         raise UnreadableInput(f"{path}: 0 samples")
     samples = np.concatenate([frame.to_ndarray() for frame in frames], axis=1)
-    # Codecs cut or pad by up to some frames of theirs; a tenth of a second is more than that.
-    if promised is not None and samples.shape[1] / rate < float(promised) - 0.1:
+    # Codecs cut or pad by up to three frames of theirs, which a container's length may count.
+    if promised is not None and samples.shape[1] / rate < promised - max(0.1, 3 * frame_seconds):
         raise UnreadableInput(
-            f"{path}: truncated: {samples.shape[1] / rate:.2f} of {float(promised):.2f} seconds; "
+            f"{path}: truncated: {samples.shape[1] / rate:.2f} of {promised:.2f} seconds; "
             "fetch the file again"
         )
     return samples.astype(np.float32, copy=False), rate
+
+
+def _promised_seconds(container: Any, stream: Any) -> float | None:
+    """How long the sound is, as its stream says, or else, where it is alone, its container."""
+    if stream.duration and stream.time_base:
+        return float(stream.duration * stream.time_base)
+    if container.duration and len(container.streams) == 1:
+        return container.duration / 1e6  # microseconds; Matroska tells it nowhere else
+    return None
 
 
 def part_of(path: Source, start: float, end: float | None, rate: int, frames: int) -> slice:

@@ -25,6 +25,7 @@ FORMATS = {
     "mp3": {"subtype": "MPEG_LAYER_III"},
     "ogg": {"subtype": "VORBIS"},
     "opus": {"format": "OGG", "subtype": "OPUS"},
+    "au": {"subtype": "PCM_16"},
 }
 
 
@@ -41,7 +42,7 @@ def test_each_format_gives_its_samples_back(tmp_path, suffix):
     assert (samples.shape[0], rate, samples.dtype) == (2, RATE, torch.float32)
     header = read_header(path)
     assert (header.rate, header.channels) == (RATE, 2)
-    lossless = suffix in ("wav", "flac", "aiff")
+    lossless = suffix in ("wav", "flac", "aiff", "au")
     assert samples.shape[1] == RATE if lossless else abs(samples.shape[1] - RATE) < 3000
     if lossless:
         assert np.abs(samples.numpy().T - tone(channels=2)).max() < 1e-4
@@ -131,17 +132,35 @@ def test_bad_files_are_named_with_their_cause(tmp_path):
         read_audio(tmp_path / "short.wav", start=0.05, end=3.0)
 
 
-def test_pyav_reads_what_soundfile_does_not(tmp_path):
+def write_by_pyav(path, codec, seconds):
     av = pytest.importorskip("av")
-    path = tmp_path / "a.m4a"
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("aac", rate=RATE, layout="mono")
+        stream = container.add_stream(codec, rate=RATE, layout="mono")
         frame = av.AudioFrame.from_ndarray(
-            tone().T.astype(np.float32), format="fltp", layout="mono"
+            tone(seconds).T.astype(np.float32), format="fltp", layout="mono"
         )
         frame.rate = RATE
-        for packet in [*stream.encode(frame), *stream.encode(None)]:
+        convert = av.AudioResampler(format=stream.format, layout="mono", rate=RATE)
+        frames = [*convert.resample(frame), *convert.resample(None)]
+        for packet in [p for f in [*frames, None] for p in stream.encode(f)]:
             container.mux(packet)
+
+
+@pytest.mark.parametrize(("suffix", "codec"), [("mkv", "aac"), ("webm", "libopus")])
+@pytest.mark.parametrize("kept", [0.6, 0.9])
+def test_a_truncated_container_is_named(tmp_path, suffix, codec, kept):
+    path = tmp_path / f"cut.{suffix}"
+    write_by_pyav(path, codec, 3.0)
+    assert abs(read_audio(path).seconds - 3) < 0.1
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(len(whole) * kept)])
+    with pytest.raises(UnreadableInput, match=rf"cut\.{suffix}: truncated: .* seconds"):
+        read_audio(path)
+
+
+def test_pyav_reads_what_soundfile_does_not(tmp_path):
+    path = tmp_path / "a.m4a"
+    write_by_pyav(path, "aac", 1.0)
     samples, rate = read_audio(path)
     assert rate == RATE
     assert abs(samples.shape[1] - RATE) < 3000
