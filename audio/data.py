@@ -74,8 +74,8 @@ class AudioData(DataModule):
         test_fold: value of the fold column to test on; null: not chosen by fold.
         val_fold: value of the fold column that chooses the epoch; null: a val_fraction.
         max_letters_per_second: leave out clips with more text than a CTC can place; null: any.
-        strict: stop at the first thing that is wrong with the data, where otherwise clips are left
-            out by name.
+        strict: stop at the first thing that the report would name, where otherwise clips are left
+            out, or kept with a note. On the command line --strict is short for it.
         decode_all: decode every file before training, to find bad samples and equal clips; false
             reads headers only, and a bad file then stops training when it comes up.
         keep_minutes: keep decoded clips in memory where all of them are at most this long.
@@ -193,6 +193,8 @@ class AudioData(DataModule):
         self.labels = self._label_names(clips)
         clips, sounds = self._labelled(clips, sounds, report)
         parts = self._parts(clips, sounds, report)
+        for kind, message in manifest.remarks(clips, sounds):
+            self._note(report, kind, message)
         manifest.count_clips(report, clips, sounds)
         report.parts = {part: len(parts[part]) for part in PARTS}
         self.data_report = report

@@ -19,7 +19,7 @@ import math
 import os
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha1
@@ -314,20 +314,20 @@ def count_clips(report: DataReport, clips: Sequence[Clip], sounds: Sequence[Soun
         label for clip in clips for label in (*clip.labels, *(e.label for e in clip.events))
     )
     report.groups = len({clip.group for clip in clips if clip.group is not None})
-    if len(report.rates) > 1:
-        common = max(report.rates, key=report.rates.__getitem__)
-        report.notes["other sampling rates, resampled"] = [
-            f"{clip.name}: {sound.rate} Hz among {common} Hz"
-            for clip, sound in zip(clips, sounds, strict=True)
-            if str(sound.rate) != common
-        ]
-    silent = [
-        f"{clip.name}: {sound.silent_channels} of {sound.channels} channels"
-        for clip, sound in zip(clips, sounds, strict=True)
-        if sound.silent_channels
-    ]
-    if silent:
-        report.notes["channels that are silent"] = silent
+
+
+def remarks(clips: Sequence[Clip], sounds: Sequence[Sound]) -> Iterator[tuple[str, str]]:
+    """What is odd about a clip that can be used: (kind, message)."""
+    common = Counter(sound.rate for sound in sounds).most_common(1)[0][0]
+    for clip, sound in zip(clips, sounds, strict=True):
+        if sound.rate != common:
+            kind = "other sampling rates, resampled"
+            yield kind, f"{clip.name}: {sound.rate} Hz among {common} Hz"
+        if sound.silent_channels == sound.channels:
+            yield "clips that are silent", clip.name
+        elif sound.silent_channels:
+            count = f"{sound.silent_channels} of {sound.channels} channels"
+            yield "channels that are silent", f"{clip.name}: {count}"
 
 
 def kind_of(problem: str) -> str:
@@ -357,7 +357,7 @@ def _look(clip: Clip, decode: bool) -> Sound | str:
     except UnreadableInput as error:
         return str(error)
     samples = recording.samples.numpy()
-    silent = int((np.abs(samples).max(1) == 0).sum()) if len(samples) > 1 else 0
+    silent = int((np.abs(samples).max(1) == 0).sum())
     digest = sha1(samples.tobytes()).hexdigest()
     return Sound(recording.rate, len(samples), recording.seconds, digest, silent)
 

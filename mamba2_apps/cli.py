@@ -102,6 +102,9 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--parallel", choices=("ddp", "fsdp2"), help="how --trainer.devices share the work"
     )
+    train.add_argument(
+        "--strict", action="store_true", help="stop at the first thing that is wrong with the data"
+    )
     train.add_argument("--resume", type=Path, metavar="RUN", help="run to continue to its end")
     train.add_argument("-h", "--help", action="store_true", help="show this help, or a recipe's")
     train.set_defaults(parser=train)
@@ -223,6 +226,8 @@ def _train_overrides(arguments: argparse.Namespace) -> list[str]:
         words.append(f"--adaptation.start={arguments.backbone}")
     if arguments.parallel is not None:
         words.append(f"--trainer.parallel={arguments.parallel}")
+    if arguments.strict:
+        words.append("--data.strict=true")
     return words
 
 

@@ -1,6 +1,7 @@
 """Lists of recordings: what is wrong is named; groups and equal sounds stay together."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +92,27 @@ def test_every_bad_input_is_named_counted_and_left_out(tmp_path):
     assert len(slow) == 4800  # at 16 kHz
     with pytest.raises(ValueError, match=r"nan\.wav.*data\.strict is set"):
         AudioData(source=str(table), labels=["cat", "dog"], strict=True).setup("test")
+
+
+@pytest.mark.parametrize(
+    ("samples", "rate", "words"),
+    [
+        (np.full((2400, 1), 0.1), 8000, "other sampling rates.*: .*odd.wav: 8000 Hz among"),
+        (np.array([[0.1, 0]] * 4800), RATE, "channels that are silent: .*odd.wav: 1 of 2 channels"),
+        (np.zeros((4800, 1)), RATE, "clips that are silent: .*odd.wav"),
+        (np.zeros((4800, 2)), RATE, "clips that are silent: .*odd.wav"),
+    ],
+    ids=["rate", "one channel", "mono", "stereo"],
+)
+def test_what_is_noted_is_fatal_where_strict(tmp_path, samples, rate, words):
+    soundfile.write(folder(tmp_path) / "cat" / "odd.wav", samples, rate)
+    data = AudioData(source=str(tmp_path))
+    data.setup("test")
+    ((kind, messages),) = data.data_report.notes.items()
+    assert re.fullmatch(words + ".*", f"{kind}: {messages[0]}")
+    assert (len(messages), data.data_report.clips) == (1, 21)
+    with pytest.raises(ValueError, match=rf"{words}.* \(data\.strict is set\)"):
+        AudioData(source=str(tmp_path), strict=True).setup("test")
 
 
 @pytest.mark.parametrize("decode_all", [True, False])

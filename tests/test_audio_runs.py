@@ -55,6 +55,16 @@ def test_the_sounds_recipe_trains_and_compares(sounds):
     assert tensors.mean[0] != -4.268  # measured, and kept
 
 
+def test_strict_is_a_flag_of_recipes_that_have_it(tmp_path, capsys):
+    (tmp_path / "t.csv").write_text("path,label\nabsent.wav,a\n")
+    words = ["--run", str(tmp_path / "run"), "--strict"]
+    source = ["--data.source", str(tmp_path / "t.csv")]
+    assert main(["train", "audio/folder", *source, *words]) == 2
+    assert "absent.wav: does not exist (data.strict is set" in capsys.readouterr().err
+    assert main(["train", "vision/digits", *words]) == 2
+    assert "unknown key --data.strict; nearest: " in capsys.readouterr().err
+
+
 def test_a_run_predicts_files_and_streams_them(sounds, tmp_path, capsys, monkeypatch):
     run, _ = sounds
     clip = sorted(SOUNDS.parent.glob("tabla/*.flac"))[0]
