@@ -27,7 +27,6 @@ from mamba2_apps.audio.preprocessing import (
     frame_samples,
 )
 from mamba2_apps.data import DataModule, Sample, check_unique, files_under
-from mamba2_apps.files import write_json
 from mamba2_apps.shards import names_shards
 
 STATISTICS_CLIPS = 2000
@@ -286,8 +285,6 @@ class AudioData(DataModule):
         )
 
     def report(self, task: Any, folder: Path) -> None:
-        assert self.data_report is not None
-        write_json(folder / "data.json", self.data_report.to_dict())
         reports.draw(task, self, folder)
 
     def _usable(self, clips: list[Clip], report: DataReport) -> tuple[list[Clip], list[Sound]]:

@@ -101,6 +101,8 @@ class DataReport:
     channels: dict[str, int] = field(default_factory=dict)
     labels: dict[str, int] = field(default_factory=dict)
     groups: int = 0
+    duplicates: int = 0
+    """Clips with the samples of another one before them."""
     parts: dict[str, int] = field(default_factory=dict)
     problems: dict[str, list[str]] = field(default_factory=dict)
     """By kind; what the messages name was left out."""
@@ -122,11 +124,15 @@ class DataReport:
         if self.parts:
             parts = ", ".join(f"{part} {count}" for part, count in self.parts.items())
             rows.append(f"parts: {parts}" + (f"; {self.groups} groups" if self.groups else ""))
+        if self.duplicates:
+            rows.append(f"duplicates: {self.duplicates} clips have the samples of another")
+        shortened = False
         for title, kinds in (("left out", self.problems), ("note", self.notes)):
             for kind, messages in kinds.items():
                 rows.append(f"{title}: {kind}: {len(messages)}")
                 rows += [f"    {message}" for message in messages[:examples]]
-        return rows
+                shortened |= len(messages) > examples
+        return [*rows, "all names are in the RUN's data.json"] if shortened else rows
 
 
 def read_folder(root: str | Path) -> list[Clip]:
@@ -313,6 +319,7 @@ def count_clips(report: DataReport, clips: Sequence[Clip], sounds: Sequence[Soun
     report.labels = _frequencies(
         label for clip in clips for label in (*clip.labels, *(e.label for e in clip.events))
     )
+    report.duplicates = sum(len(same) - 1 for same in duplicates(clips, sounds))
     report.groups = len({clip.group for clip in clips if clip.group is not None})
 
 

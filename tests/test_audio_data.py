@@ -94,6 +94,20 @@ def test_every_bad_input_is_named_counted_and_left_out(tmp_path):
         AudioData(source=str(table), labels=["cat", "dog"], strict=True).setup("test")
 
 
+def test_equal_clips_are_counted_and_a_shortened_list_says_where_all_is(tmp_path):
+    root = folder(tmp_path)
+    for number in (11, 12, 13):
+        (root / "cat" / f"{number}.wav").write_bytes((root / "cat" / "0.wav").read_bytes())
+        (root / "dog" / f"{number}.wav").write_bytes(b"")
+    data = AudioData(source=str(root))
+    data.setup("test")
+    lines = data.data_report.lines()
+    assert data.data_report.duplicates == 3
+    assert "duplicates: 3 clips have the samples of another" in lines
+    assert not any("data.json" in line for line in lines)
+    assert data.data_report.lines(examples=2)[-1] == "all names are in the RUN's data.json"
+
+
 @pytest.mark.parametrize(
     ("samples", "rate", "words"),
     [

@@ -65,6 +65,16 @@ def test_strict_is_a_flag_of_recipes_that_have_it(tmp_path, capsys):
     assert "unknown key --data.strict; nearest: " in capsys.readouterr().err
 
 
+def test_what_was_found_is_in_the_run_before_training(tmp_path, monkeypatch):
+    def stop(recipe, task, run):
+        assert json.loads((run / "data.json").read_text())["clips"] == 101
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs, "_fit", stop)
+    with pytest.raises(KeyboardInterrupt):
+        runs.train(catalog.find("audio/sounds"), tmp_path / "run", [*SMALL, *FRAMES])
+
+
 def test_a_run_predicts_files_and_streams_them(sounds, tmp_path, capsys, monkeypatch):
     run, _ = sounds
     clip = sorted(SOUNDS.parent.glob("tabla/*.flac"))[0]
