@@ -107,15 +107,12 @@ class AudioPreprocessing(Preprocessing):
     def _given(self, item: Any) -> Recording:
         if isinstance(item, Recording):
             return item
-        samples = torch.as_tensor(item)
-        if not samples.is_floating_point() or samples.ndim not in (1, 2) or not samples.numel():
-            raise UnreadableInput(
-                f"samples of {samples.dtype} and shape {tuple(samples.shape)}, expected floats of "
-                "-1 to 1, (samples,) or (channels, samples)"
-            )
+        samples = given_samples(item)
+        if not samples.numel():
+            raise UnreadableInput(f"samples of shape {tuple(samples.shape)}, expected at least one")
         if not samples.isfinite().all():
             raise UnreadableInput("some samples are NaN or infinite, expected -1 to 1")
-        return Recording(torch.atleast_2d(samples.float()), self.sample_rate)
+        return Recording(samples, self.sample_rate)
 
 
 class ClipDataset(Dataset[Sample]):
@@ -182,6 +179,27 @@ class ClipDataset(Dataset[Sample]):
 
     def __len__(self) -> int:
         return len(self.clips)
+
+
+def given_samples(item: Any) -> Tensor:
+    """An array of floats, (n,) or (c, n), as (c, n) float32.
+
+    Raises UnreadableInput for integers, whose full scale is not 1, and for channels that come last.
+    """
+    samples = torch.as_tensor(item)
+    shape = tuple(samples.shape)
+    if not samples.is_floating_point() or samples.ndim not in (1, 2):
+        raise UnreadableInput(
+            f"samples of {samples.dtype} and shape {shape}, expected floats of -1 to 1, "
+            "(samples,) or (channels, samples); divide integers by their full scale, int16 by 32768"
+        )
+    # A piece of a stream may be one sample of two channels.
+    if samples.ndim == 2 and samples.numel() and shape[0] > max(2, shape[1]):
+        raise UnreadableInput(
+            f"samples of shape {shape}, expected (channels, samples) with no more channels than "
+            "samples; transpose what has its channels last"
+        )
+    return torch.atleast_2d(samples.float())
 
 
 def frame_samples(sample_rate: int) -> int:

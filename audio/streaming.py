@@ -28,6 +28,7 @@ from mamba2_apps.audio.decoding import (
     resampler,
 )
 from mamba2_apps.audio.features import Features
+from mamba2_apps.audio.preprocessing import given_samples
 from mamba2_apps.audio.tasks import EventDetection
 from mamba2_apps.data import UnreadableInput
 from mamba2_apps.few_tokens import FewTokensBackbone
@@ -67,9 +68,9 @@ class AudioStream:
     def push(self, samples: Any) -> dict[str, Any] | None:
         """Hear (n,) or (c, n) float samples from -1 to 1; the answer so far, if there is news.
 
-        Raises UnreadableInput for samples that are not finite.
+        Raises UnreadableInput for samples that are not finite, for integers and for (n, c).
         """
-        samples = torch.atleast_2d(torch.as_tensor(samples, dtype=torch.float32))
+        samples = given_samples(samples)
         if not samples.isfinite().all():
             raise UnreadableInput(
                 f"the stream has NaN or infinite samples after {self.seconds:.3f} s"

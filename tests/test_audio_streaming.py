@@ -210,6 +210,26 @@ def test_what_cannot_stream_says_why():
         heard.push([float("nan")])
 
 
+@pytest.mark.parametrize(
+    ("samples", "words"),
+    [
+        (np.ones((1, 4410), np.int16), r"torch.int16 and shape \(1, 4410\).*int16 by 32768"),
+        (np.ones((4410, 2), np.float32), r"shape \(4410, 2\), expected \(channels, samples\)"),
+        (np.ones((16, 1)), r"shape \(16, 1\), expected .* transpose"),
+        (np.ones((1, 2, 3)), r"shape \(1, 2, 3\), expected floats"),
+    ],
+)
+def test_samples_of_another_kind_or_order_are_refused(samples, words):
+    preprocessing = AudioPreprocessing(sample_rate=16000)
+    heard = AudioStream(make_task(*CASES["tags"]), preprocessing, 16000)
+    for hear in (heard.push, preprocessing):
+        with pytest.raises(UnreadableInput, match=words):
+            hear(samples)
+    heard.push(np.ones((2, 0)))
+    heard.push(np.ones((2, 1)))
+    assert heard.received == 1
+
+
 def test_a_source_that_is_no_stream_is_named(tmp_path):
     import soundfile
 
