@@ -47,6 +47,8 @@ class AudioPreprocessing(Preprocessing):
             raise ValueError(f"data.level is {self.level!r}, expected none or peak")
 
     def find(self, source: str) -> list[str]:
+        if not Path(source).exists():
+            return [source]  # one input that cannot be read, beside others that can
         return files_under(source, AUDIO_SUFFIXES, "sound files")
 
     def __call__(self, item: Any) -> Tensor:

@@ -138,7 +138,8 @@ def answer_streams(
     """Answers for each source in turn: "-" is standard input.
 
     Sound files tell their rate and channels; anything else is raw PCM, interleaved. What is found
-    to be cut or broken is answered up to there, then UnreadableInput is raised.
+    to be cut or broken is answered up to there; instead of a "final" answer UnreadableInput is
+    raised.
 
     Args:
         task: of a RUN.
@@ -455,17 +456,11 @@ def _check_can_stream(model: Any, preprocessing: Any) -> None:
 def _answers(
     heard: AudioStream, chunks: Iterable[np.ndarray], source: str
 ) -> Iterator[dict[str, Any]]:
-    name, wrong = "standard input" if source == "-" else source, None
-    try:
-        for chunk in chunks:
-            answer = heard.push(chunk)
-            if answer is not None:
-                yield {"input": name, **answer}
-    except UnreadableInput as error:
-        wrong = error
-    if heard.received:
-        yield {"input": name, **heard.finish()}
-    elif wrong is None:
+    name = "standard input" if source == "-" else source
+    for chunk in chunks:
+        answer = heard.push(chunk)
+        if answer is not None:
+            yield {"input": name, **answer}
+    if not heard.received:
         raise UnreadableInput(f"{name}: 0 samples")
-    if wrong is not None:
-        raise wrong
+    yield {"input": name, **heard.finish()}

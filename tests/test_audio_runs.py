@@ -108,6 +108,14 @@ def test_an_unreadable_file_is_named_and_the_others_are_answered(sounds, tmp_pat
     assert "good.wav" in out
     assert "bad.wav: not a readable sound file" in err
     assert "1 of 2 inputs could not be read" in err
+    for command in (["predict"], ["embed", "--output", str(tmp_path / "e.npz")]):
+        files = [str(tmp_path / "absent.wav"), str(tmp_path / "good.wav")]
+        assert main([command[0], str(sounds[0]), *files, *command[1:]]) == 0
+        err = capsys.readouterr().err
+        assert "absent.wav: does not exist" in err
+        assert "1 of 2 inputs could not be read" in err
+    assert np.load(tmp_path / "e.npz")["inputs"].tolist() == [str(tmp_path / "good.wav")]
+    assert main(["predict", str(sounds[0]), str(tmp_path / "absent.wav")]) == 1
 
 
 def test_events_are_drawn_under_a_spectrogram_and_written_as_a_table(tmp_path):

@@ -210,6 +210,18 @@ def test_what_cannot_stream_says_why():
         heard.push([float("nan")])
 
 
+@pytest.mark.parametrize("end", [np.full(1600, np.nan, "<f4").tobytes(), b"x"])
+def test_a_stream_that_breaks_has_no_final_answer(tmp_path, end):
+    task, preprocessing = make_task(*CASES["tags"]), AudioPreprocessing(sample_rate=16000)
+    (tmp_path / "a.raw").write_bytes(wave(16000)[0].numpy().astype("<f4").tobytes() + end)
+    options = {"rate": 16000, "sample_format": "f32le", "channels": 1}
+    answers = []
+    with pytest.raises(UnreadableInput, match=r"NaN or infinite|middle of a sample"):
+        answers.extend(answer_streams(task, preprocessing, [str(tmp_path / "a.raw")], **options))
+    assert len(answers) > 5
+    assert not any("final" in answer for answer in answers)
+
+
 @pytest.mark.parametrize(
     ("samples", "words"),
     [
