@@ -67,6 +67,11 @@ class TokenEmbedding(nn.Module):
         return {"position"} if self.position is not None else set()
 
     @property
+    def token_by_token(self) -> bool:
+        """Whether an embedding depends on its own token alone."""
+        return self.conv is None and self.position is None and self.phase is None
+
+    @property
     def complement(self) -> Tensor:
         """(size,) id of each token's reverse complement; ValueError where the tokens have none."""
         return self.tokenizer.complement

@@ -105,6 +105,12 @@ class DNAModel(nn.Module):
                 layer.register_forward_hook(mixing.after_block)  # type: ignore[attr-defined]
 
     @property
+    def token_by_token(self) -> bool:
+        """Whether it does nothing along the sequence beside its backbone: the other strand begins
+        where this one ends."""
+        return self.strands == "single" and not self.packed
+
+    @property
     def both_strands(self) -> bool:
         """Whether the next call runs the other strand, too."""
         return self.strands == "equivariant" or (self.strands == "average" and not self.training)

@@ -69,6 +69,8 @@ class PooledHead(nn.Module):
 class TokenHead(nn.Module):
     """An answer for each token, (b, l, n_outputs): classes or values; 0 at padding."""
 
+    token_by_token = True
+
     def __init__(self, d_model: int, n_outputs: int) -> None:
         super().__init__()
         self.proj = nn.Linear(d_model, n_outputs)
@@ -87,6 +89,7 @@ class CTCHead(nn.Module):
     """
 
     blank = 0
+    token_by_token = True
 
     def __init__(self, d_model: int, n_labels: int) -> None:
         super().__init__()
@@ -131,6 +134,8 @@ class LanguageModelHead(nn.Module):
 
     tied_to: an embedding table whose weight this head shares, as one parameter of the model.
     """
+
+    token_by_token = True
 
     def __init__(
         self, d_model: int, vocab_size: int, *, tied_to: nn.Embedding | None = None

@@ -9,9 +9,9 @@ and adds what that state gives to the outputs. What is exchanged does not grow w
 This is the block decomposition of Dao and Gu (2024, section 6) with ranks for blocks; in the
 reverse direction the state enters from the right.
 
-    split_sequence(model.backbone, group)      # once
-    piece = shard(tokens)                      # rank i's slice
-    hidden = model.backbone(embed(piece))      # that slice of what one device would give
+    context = split_sequence(model.backbone, group)     # once
+    piece = context.shard(embeddings)                   # rank i's slice
+    hidden = model.backbone(piece)                      # that slice of what one device would give
 
 The objective is the mean over the ranks of each rank's loss, as DistributedDataParallel over all
 ranks averages gradients; with slices of equal length that is the mean over all tokens. Every rank
@@ -185,19 +185,37 @@ def split_sequence(module: nn.Module, group: dist.ProcessGroup | None = None) ->
     states are refused then.
 
     Args:
-        module: a Backbone, or a model with one.
+        module: a Backbone, or a model whose other parts work token by token. Its `adapter` and
+            `head` say so by an attribute `token_by_token`, and so may any part.
         group: whose ranks share each sequence, the "cp" dimension of a device mesh, say; None: all
             ranks.
 
-    Raises ValueError for attention layers, which would need every key.
+    Raises ValueError for attention layers, which would need every key, and for parts that look
+    along the sequence: slices of their inputs are not enough for their outputs' slices.
     """
     context = ContextParallel(group)
     for name, part in module.named_modules():
         if isinstance(part, Attention):
             raise ValueError(f"{name} is attention; a split sequence needs Mamba-2 layers only")
+        if not _takes_slices(part, name.rpartition(".")[2]):
+            raise ValueError(
+                f"{name or 'the model'} ({type(part).__name__}) looks along the sequence, beside "
+                "the backbone, and cannot take a slice of it; split the backbone alone, and give "
+                "it slices of the embeddings"
+            )
         if hasattr(part, "context_parallel"):
             part.context_parallel = context  # type: ignore[assignment]
     return context
+
+
+def _takes_slices(part: nn.Module, name: str) -> bool:
+    """Whether a part that is called `name` in its model gives from a slice what it gives there from
+    the whole sequence."""
+    if hasattr(part, "token_by_token"):
+        return bool(part.token_by_token)
+    if name not in ("adapter", "head") or hasattr(part, "context_parallel"):
+        return True
+    return isinstance(part, nn.Linear | nn.Embedding | nn.Identity)
 
 
 def shard_parameters(module: LightningModule) -> None:

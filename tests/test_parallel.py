@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,9 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from mamba2_apps.backbone import Backbone, BackboneConfig
-from mamba2_apps.heads import PooledHead
+from mamba2_apps.genomics.adapter import TokenEmbedding
+from mamba2_apps.genomics.models import DNAModel
+from mamba2_apps.heads import PooledHead, TokenHead, TrackHead
 from mamba2_apps.parallel import split_sequence
 
 KINDS = {
@@ -36,6 +39,12 @@ class Model(nn.Module):
     def forward(self, x):
         hidden = self.backbone(x)
         return hidden, self.head(hidden)
+
+
+def dna_model(head=TokenHead, strands="single", packed=False, **adapter) -> DNAModel:
+    sizes = BackboneConfig(32, 1, d_state=8, headdim=16, bidirectional=True)
+    tokens = partial(TokenEmbedding, **adapter)
+    return DNAModel(2, adapter=tokens, backbone=sizes, head=head, strands=strands, packed=packed)
 
 
 def inputs(length: int) -> torch.Tensor:
@@ -100,6 +109,17 @@ def mistakes() -> None:
     hybrid = Backbone(BackboneConfig(64, 2, d_state=8, headdim=16, attn_layer_idx=(1,)))
     with pytest.raises(ValueError, match=r"layers\.1\.mixer is attention"):
         split_sequence(hybrid)
+    for name, options in (
+        ("adapter", {"context": 5}),
+        ("adapter", {"positions": 8}),
+        ("adapter", {"period": 3}),
+        ("the model", {"strands": "equivariant"}),
+        ("the model", {"packed": True}),
+        ("head", {"head": TrackHead}),
+    ):
+        with pytest.raises(ValueError, match=rf"{name} \(\w+\) looks along the sequence"):
+            split_sequence(dna_model(**options))
+    split_sequence(dna_model())
 
 
 def main(rank: int, size: int, meeting: str) -> None:
