@@ -5,6 +5,7 @@ import struct
 import tarfile
 import zlib
 from io import BytesIO
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -286,6 +287,65 @@ def test_archives_are_read_by_timm(tmp_path):
         TimmImages(reader="", root=str(tmp_path), val_split="other", img_size=16).setup("fit")
     with pytest.raises(ValueError, match=r"absent.train does not exist"):
         TimmImages(reader="", root=str(tmp_path / "absent")).setup("fit")
+
+
+class Table:
+    """What timm's reader of a data set of Hugging Face has; that package is none of ours."""
+
+    def __init__(self, split, input_key="image", target_key="label", class_map=None):
+        self.rows = {"img": range(20 if split == "train" else 6), "kind": ["b", "a"] * 10}
+        self.dataset = SimpleNamespace(column_names=list(self.rows))
+        self.image_key, self.label_key = input_key, target_key
+        self.class_to_idx = class_map or {}
+
+    def __getitem__(self, index):
+        image = BytesIO()
+        Image.new("RGB", (24, 24), (10 * self.rows["img"][index],) * 3).save(image, "PNG")
+        return image, None
+
+    def iter_targets(self):
+        of_name = self.class_to_idx
+        labels = self.rows["kind"][: len(self.rows["img"])]
+        return (of_name[label] if of_name else label for label in labels)
+
+    def filename(self, index, absolute):
+        return None
+
+
+def table(**options):
+    data = TimmImages(reader="hfds/some", root="", img_size=16, reader_options=options)
+    data.setup("fit")
+    return data
+
+
+def test_options_reach_timms_reader(monkeypatch, tmp_path):
+    def create(name, root, split, **options):
+        return Table(split, **options)
+
+    monkeypatch.setattr("mamba2_apps.vision.data.create_reader", create)
+    columns = {"input_key": "img", "target_key": "kind"}
+    data = table(**columns, class_map={"a": 0, "b": 1})
+    assert data.labels == ["a", "b"]
+    assert (len(data.train_set), len(data.val_set)) == (18, 2)
+    index = data.val_set.sources[0]
+    assert data.val_set[0]["targets"] == (index + 1) % 2
+    with pytest.raises(ValueError, match=r"no column 'image' among img, kind; .* \{\"input_key\":"):
+        table(target_key="kind")
+    with pytest.raises(ValueError, match=r"'b' is the label of an image, .* \{\"class_map\":"):
+        table(**columns)
+    with pytest.raises(ValueError, match=r"some cannot .*_options \{.*\} \(KeyError: 'b'\); exp"):
+        table(**columns, class_map={"a": 0})
+    with pytest.raises(ValueError, match=r"unexpected keyword argument 'colour'\); expected what"):
+        table(colour=3)
+
+
+def test_a_class_map_joins_and_leaves_out_classes_of_a_folder(tmp_path):
+    photos(tmp_path / "train", classes=[*CLASSES, "neon"])
+    classes = {"class_map": {"light": 0, "dark": 1, "grey": 1}}
+    data = TimmImages(reader="", root=str(tmp_path), img_size=16, reader_options=classes)
+    data.setup("fit")
+    assert data.labels == ["light", "dark or grey"]
+    assert np.bincount(data.train_set.targets).tolist() == [9, 18]
 
 
 def shard(path, samples):

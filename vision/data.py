@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from io import BytesIO
+from numbers import Integral
 from pathlib import Path
 from statistics import mode
 from typing import Any, ClassVar, Literal
@@ -590,12 +591,15 @@ class TimmImages(PhotoData):
 
     Args:
         reader: timm's name: "" for a folder of classes or a .tar of one, hfds/NAME for a data set
-            of Hugging Face (which needs `pip install datasets`).
+            of Hugging Face (which needs `pip install datasets`), NAME also the path of a local one.
         root: the folder, the archive, or where a downloaded data set is kept.
         train_split: the reader's name of the part to train on; a folder or an archive in `root`
             with the reader "".
         val_split: what chooses the epoch; null: a fixed, stratified tenth of the training images.
         test_split: what is tested on; null: the validation images.
+        reader_options: what timm's create_reader takes for this reader, such as input_key and
+            target_key, the columns of a data set of Hugging Face where they are not image and
+            label, or class_map, a number for each name of a class; null: none.
         options: those of PhotoData.
     """
 
@@ -607,10 +611,12 @@ class TimmImages(PhotoData):
         train_split: str = "train",
         val_split: str | None = None,
         test_split: str | None = None,
+        reader_options: dict[str, Any] | None = None,
         **options: Any,
     ) -> None:
         super().__init__(**options)
         self.reader, self.root = reader, root
+        self.reader_options = reader_options or {}
         self.splits = (train_split, val_split, test_split)
 
     def find_images(self) -> None:
@@ -646,16 +652,23 @@ class TimmImages(PhotoData):
     def _read(self, split: str) -> tuple[Any, list[int]]:
         """timm's reader of a part, and the class of each of its images."""
         root = str(Path(self.root) / split) if self.reader == "" else self.root
+        if self.reader == "" and not Path(root).exists():
+            raise ValueError(f"{root} does not exist; expected a folder or a .tar")
         try:
-            reader = create_reader(self.reader, root, split)
-        except AssertionError as error:
-            raise ValueError(f"{root} does not exist; expected a folder or a .tar") from error
-        if not hasattr(reader, "__getitem__"):
+            reader = create_reader(self.reader, root, split, **self.reader_options)
+            if not hasattr(reader, "__getitem__"):
+                raise ValueError(
+                    f"data.reader is {self.reader!r}, which streams; training here draws images by "
+                    "number: use a reader such as hfds/ or a folder"
+                )
+            _check_columns(reader)
+            return reader, _targets_of(reader)
+        except (AssertionError, LookupError, TypeError) as error:
             raise ValueError(
-                f"data.reader is {self.reader!r}, which streams; training here draws images by "
-                "number: use a reader such as hfds/ or a folder"
-            )
-        return reader, _targets_of(reader)
+                f"{self.reader or root} cannot be read with data.reader_options "
+                f"{self.reader_options} ({type(error).__name__}: {error}); expected what timm's "
+                "reader of that name takes"
+            ) from error
 
 
 class _Fetch:
@@ -666,7 +679,8 @@ class _Fetch:
 
     def __call__(self, index: int) -> tuple[Any, str]:
         item, _ = self.reader[int(index)]
-        return item, str(self.reader.filename(int(index), absolute=True))
+        name = self.reader.filename(int(index), absolute=True)
+        return item, str(name or f"image number {index}")  # one within a table has no name
 
 
 def held_out(
@@ -730,23 +744,51 @@ def _listed(found: dict[str, list[str]], labels: list[str]) -> tuple[list[str], 
     return [path for path, _ in pairs], [target for _, target in pairs]
 
 
+def _check_columns(reader: Any) -> None:
+    """Raise ValueError where a table of Hugging Face has no such columns: timm does not."""
+    columns = getattr(getattr(reader, "dataset", None), "column_names", None)
+    if columns is None:
+        return
+    keys = {"input_key": reader.image_key, "target_key": reader.label_key}
+    for option, key in keys.items():
+        # timm takes a/b for b within the column a, too, and a,b for two columns.
+        if not {key, *re.split("[/,]", key)} & {*columns}:
+            raise ValueError(
+                f"no column {key!r} among {', '.join(columns)}; name the right one in "
+                f'data.reader_options, as in {{"{option}": "NAME"}}'
+            )
+
+
 def _targets_of(reader: Any) -> list[int]:
     """The class of each image of a timm reader, without decoding any."""
     if hasattr(reader, "targets"):
-        return [int(target) for target in reader.targets]
-    if hasattr(reader, "samples"):
-        return [int(target) for _, target in reader.samples]
-    return [int(target) for target in reader.dataset[reader.label_key]]
+        targets = list(reader.targets)
+    elif hasattr(reader, "samples"):
+        targets = [target for _, target in reader.samples]
+    elif hasattr(reader, "iter_targets"):
+        targets = list(reader.iter_targets())
+    else:  # timm before 1.0.31
+        labels, of_name = reader.dataset[reader.label_key], reader.class_to_idx
+        targets = [of_name[label] for label in labels] if reader.remap_class else list(labels)
+    for target in targets:
+        if not isinstance(target, Integral):
+            raise ValueError(
+                f"{target!r} is the label of an image, expected the number of one class; give "
+                'names numbers in data.reader_options, as in {"class_map": {"cat": 0, "dog": 1}}'
+            )
+    return [int(target) for target in targets]
 
 
 def _labels_of(reader: Any, targets: list[int], given: list[str] | None = None) -> list[str]:
     """Class names of a timm reader; `given` where it has none of its own, or else its numbers."""
     names = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None)
-    if names:
-        return [name for name, _ in sorted(names.items(), key=lambda item: item[1])]
-    features = getattr(getattr(reader, "dataset", None), "features", {})
-    own = getattr(features.get(getattr(reader, "label_key", "")), "names", None)
-    return list(own or given or map(str, range(max(targets) + 1)))
+    if names:  # of which a class map may give several the same number
+        of_number = [
+            [str(name) for name, its in names.items() if its == number]
+            for number in range(max(names.values()) + 1)
+        ]
+        return [" or ".join(group) or str(i) for i, group in enumerate(of_number)]
+    return list(given or map(str, range(max(targets) + 1)))
 
 
 def _readable(
