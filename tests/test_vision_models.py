@@ -15,6 +15,8 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 
 import mamba2_apps.vision  # noqa: F401  registers the models
+from mamba2_apps import catalog, recipes
+from mamba2_apps.adaptation import parameter_groups
 from mamba2_apps.vision.adapter import PatchProjection
 from mamba2_apps.vision.models import BiMamba2, TimmModel
 
@@ -283,20 +285,33 @@ def test_cpu_and_gpu_agree():
 
 
 @pytest.mark.gpu
-def test_500_steps_in_bfloat16_at_five_times_the_rate_stay_finite():
+@pytest.mark.parametrize("name", ["imagenet", "fashion-mnist"])
+def test_500_steps_in_bfloat16_at_five_times_the_recipes_rate_stay_finite(name):
+    recipe, _ = recipes.read(catalog.find(f"vision/{name}"))
+    train_at_five_times_the_rate(recipe, "cuda", steps=500, batch_size=32)
+
+
+def train_at_five_times_the_rate(recipe, device, steps, batch_size):
+    """Without warm-up, on noise; the loss every 50 steps and the last weights must be finite."""
     torch.manual_seed(0)
-    model = timm.create_model(TINY, img_size=112, num_classes=10).cuda().train()
-    optimizer = create_optimizer_v2(model, opt="adamw", lr=5 * 1e-3, weight_decay=0.05)
-    images, targets = torch.randn(256, 3, 112, 112).cuda(), torch.randint(10, (256,)).cuda()
-    for step in range(500):
-        rows = torch.randint(256, (32,)).cuda()
-        with torch.autocast("cuda", torch.bfloat16):
-            loss = nn.functional.cross_entropy(model(images[rows]).float(), targets[rows])
+    model = recipe.model(10).to(device).train()
+    optimizer = create_optimizer_v2(
+        parameter_groups(model, recipe.optimizer.weight_decay),
+        opt=recipe.optimizer.name,
+        lr=5 * recipe.optimizer.lr,
+        betas=recipe.optimizer.betas,
+    )
+    size = (recipe.data.preprocessing.channels, *recipe.data.preprocessing.size)
+    images, targets = torch.randn(256, *size).to(device), torch.randint(10, (256,)).to(device)
+    for step in range(1, steps + 1):
+        rows = torch.randint(256, (batch_size,)).to(device)
+        with torch.autocast(device, torch.bfloat16):
+            loss = F.cross_entropy(model(images[rows]).float(), targets[rows])
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(model.parameters(), recipe.trainer.gradient_clip)
         optimizer.step()
-        if step % 50 == 49:
+        if step % 50 == 0:
             assert torch.isfinite(loss), f"step {step}"
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
