@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from mamba2_apps.audio.decoding import AUDIO_SUFFIXES, Recording, mix_down, read_audio, resample
 from mamba2_apps.audio.manifest import Clip
-from mamba2_apps.data import Preprocessing, Sample, UnreadableInput, files_under
+from mamba2_apps.data import Preprocessing, Sample, UnreadableInput, data_places, files_under
 from mamba2_apps.tasks.tokens import IGNORE
 
 FRAME_SECONDS = 0.010
@@ -84,6 +84,9 @@ class AudioPreprocessing(Preprocessing):
         if "targets" in samples[0]:
             batch["targets"] = _padded([sample["targets"] for sample in samples])
         return batch
+
+    def units(self, batch: Sample) -> dict[str, int | float | Tensor]:
+        return {"audio_seconds": data_places(batch) / self.sample_rate}
 
     def example(self) -> Sample:
         """An input to trace a model with: a second of quiet noise."""

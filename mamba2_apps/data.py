@@ -55,6 +55,10 @@ class Preprocessing(ABC):
         """Stack samples into a batch."""
         return default_collate(list(samples))
 
+    def units(self, batch: Sample) -> dict[str, int | float | Tensor]:
+        """How much a batch holds beside samples, by what this domain counts; a name for each."""
+        return {}
+
     def example(self) -> Sample:
         """An input of the usual shape, to trace a model with. Raises ValueError: there is none."""
         raise ValueError(
@@ -79,6 +83,11 @@ class Preprocessing(ABC):
         if stream:
             raise ValueError(f"{type(self).__name__} reads no streams; leave out --stream")
         return None
+
+
+def data_places(batch: Sample) -> int | Tensor:
+    """Places of a batch's inputs (b, l) that are not padding."""
+    return batch["mask"].sum() if "mask" in batch else batch["inputs"].numel()
 
 
 class EpochSampler(Sampler[tuple[int, int]]):
@@ -221,9 +230,9 @@ class DataModule(LightningDataModule, ABC):
         """Samples per step and device of validation and test."""
         return self.batch_size
 
-    def units(self, batch: Sample) -> dict[str, int | Tensor]:
+    def units(self, batch: Sample) -> dict[str, int | float | Tensor]:
         """How much a batch holds, by what is counted: "samples", and a domain's own units."""
-        return {"samples": len(batch["inputs"])}
+        return {"samples": len(batch["inputs"]), **self.preprocessing.units(batch)}
 
     def class_of_samples(self) -> np.ndarray:
         """Class index (n,) of each training sample, for what balances classes."""

@@ -8,7 +8,7 @@ twice the forward pass, recomputation not at all.
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -32,7 +32,10 @@ def counted_flops(model: nn.Module) -> Iterator[list[float]]:
         counts.append(_flops(module, inputs, output))
 
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, Mamba2, Attention)
-    hooks = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, kinds)]
+    # A mixer does not always call its projections: some of its operators take their weights.
+    inside = {m for mixer in model.modules() if isinstance(mixer, Mamba2) for m in mixer.children()}
+    parts = (m for m in model.modules() if isinstance(m, kinds) and m not in inside)
+    hooks = [m.register_forward_hook(count) for m in parts]
     try:
         yield counts
     finally:
@@ -56,7 +59,8 @@ def _flops(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> float:
     convolution = 2 * module.conv_dim * module.d_conv
     # A state of p × n per head is decayed, added to and read.
     recurrence = 5 * module.nheads * module.headdim * module.d_state
-    return float(tokens * directions * (convolution + recurrence))
+    projections = 2 * (module.in_proj.weight.numel() + module.out_proj.weight.numel())
+    return float(tokens * (projections + directions * (convolution + recurrence)))
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -76,33 +80,38 @@ class Throughput(Callback):
 
     def __init__(self, *, bf16: bool) -> None:
         self.bf16 = bf16
+        self._counting: AbstractContextManager[list[float]] | None = None
         self.rates: dict[str, float] = {}
-        self.flops_per_sample: float | None = None
+        # As the first batch has it; of several domains in turns, the first of each.
+        self.flops_per_sample: dict[str, float] = {}
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         self.on_train_epoch_start(trainer, module)  # a resumed epoch does not start
 
     def on_train_epoch_start(self, trainer: Trainer, module: LightningModule) -> None:
         self._units: dict[str, Any] = {}
+        self._flops = 0.0
         self._started = time.monotonic()
 
     def on_train_batch_start(
         self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if self.flops_per_sample is None:
+        if _part(batch) not in self.flops_per_sample:
             self._counting = counted_flops(module.model)  # type: ignore[arg-type]
             self._counts = self._counting.__enter__()
 
     def on_before_backward(self, trainer: Trainer, module: LightningModule, loss: Tensor) -> None:
-        if self.flops_per_sample is None:  # before recomputation runs the hooks again
+        if self._counting is not None:  # before recomputation runs the hooks again
             self._counting.__exit__(None, None, None)
-            self.flops_per_sample = 0.0
+            self._counting = None
 
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self.flops_per_sample == 0.0:
-            self.flops_per_sample = 3 * sum(self._counts) / len(batch["inputs"])
+        part, samples = _part(batch), len(batch["inputs"])
+        if part not in self.flops_per_sample:
+            self.flops_per_sample[part] = 3 * sum(self._counts) / samples
+        self._flops += samples * self.flops_per_sample[part]
         for name, count in trainer.datamodule.units(batch).items():  # type: ignore[attr-defined]
             self._units[name] = self._units.get(name, 0) + count
         last = batch_idx + 1 == trainer.num_training_batches
@@ -117,7 +126,12 @@ class Throughput(Callback):
         seconds = time.monotonic() - self._started
         self.rates = {name: count * trainer.world_size / seconds for name, count in units.items()}
         peak = peak_flops(module.device) if self.bf16 else None
-        if peak is not None and self.flops_per_sample:
-            rate = self.rates["samples"] / trainer.world_size
-            self.rates["mfu"] = rate * self.flops_per_sample / peak
-        module.log("samples_per_second", self.rates["samples"], prog_bar=True, logger=False)
+        for name, rate in self.rates.items():
+            module.log(f"{name}_per_second", rate, prog_bar=True, logger=False)
+        if peak is not None:
+            self.rates["mfu"] = self._flops / seconds / peak
+
+
+def _part(batch: Any) -> str:
+    """Which of several domains a batch is of."""
+    return str(batch.get("part", ""))

@@ -1,14 +1,18 @@
 """Counted arithmetic against numbers worked out by hand, and rates that training reports."""
 
 import json
+from unittest import mock
 
 import pytest
 import torch
 from torch import nn
 
 from mamba2_apps import catalog, runs
+from mamba2_apps.audio.preprocessing import AudioPreprocessing
 from mamba2_apps.backbone import Backbone, BackboneConfig
-from mamba2_apps.throughput import counted_flops, peak_flops
+from mamba2_apps.genomics.preprocessing import DNAPreprocessing
+from mamba2_apps.mixer import Mamba2
+from mamba2_apps.throughput import Throughput, counted_flops, peak_flops
 from mamba2_apps.vision.digits import Digits
 
 
@@ -25,6 +29,16 @@ def test_the_arithmetic_of_a_backbone_is_counted_as_written():
     counted = len(counts)
     backbone(torch.randn(b, l, d))
     assert len(counts) == counted, "the hooks stayed"
+
+
+def test_a_mixers_projections_count_though_an_operator_may_take_their_weights(monkeypatch):
+    mixer, x = Mamba2(32, d_state=8, headdim=16), torch.randn(1, 10, 32)
+    with counted_flops(mixer) as called:
+        mixer(x)
+    monkeypatch.setattr(Mamba2, "_mix", lambda self, u, *_: (u, None))
+    with counted_flops(mixer) as taken:
+        mixer(x)
+    assert sum(taken) == sum(called) > 2 * 10 * mixer.in_proj.weight.numel()
 
 
 def test_convolutions_and_attention_are_counted():
@@ -49,6 +63,32 @@ def test_training_reports_its_rates(tmp_path, monkeypatch, capsys):
     assert rates["samples"] > 0
     assert "samples/s" in capsys.readouterr().err
     assert peak_flops(torch.device("cpu")) is None
+
+
+def test_padding_is_no_base_and_no_second():
+    dna, audio = DNAPreprocessing(), AudioPreprocessing(sample_rate=16000)
+    bases = dna.collate([{"inputs": dna.tokens.encode(s)} for s in ("ACGT", "ACGTACG")])
+    assert dna.units(bases) == {"bases": 11}
+    clips = audio.collate([{"inputs": torch.ones(16000)}, {"inputs": torch.ones(8000)}])
+    assert audio.units(clips) == {"audio_seconds": 1.5}
+    kmers = DNAPreprocessing(tokenizer={"kind": "kmer", "k": 3})
+    assert kmers.units(kmers.collate([{"inputs": kmers.tokens.encode("ACGTAC")}])).keys() == {
+        "tokens"
+    }
+
+
+def test_domains_in_turns_have_an_arithmetic_each():
+    speed, trainer = Throughput(bf16=False), mock.Mock(num_training_batches=9, global_step=1)
+    module = mock.Mock(model=nn.Linear(4, 4))
+    trainer.datamodule.units = lambda batch: {"samples": len(batch["inputs"])}
+    speed.on_train_start(trainer, module)
+    for part, length in (("a", 10), ("b", 3), ("a", 5)):
+        batch = {"inputs": torch.randn(2, length, 4), "part": part}
+        speed.on_train_batch_start(trainer, module, batch, 0)
+        module.model(batch["inputs"])
+        speed.on_before_backward(trainer, module, torch.zeros(()))
+        speed.on_train_batch_end(trainer, module, None, batch, 0)
+    assert speed.flops_per_sample == {"a": 3 * 2 * 10 * 16, "b": 3 * 2 * 3 * 16}
 
 
 @pytest.mark.gpu

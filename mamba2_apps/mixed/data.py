@@ -78,7 +78,7 @@ class Mixed(DataModule):
     def mix(self, batch: Sample) -> Sample:
         return self.parts[batch["part"]].mix(batch)
 
-    def units(self, batch: Sample) -> dict[str, int | Tensor]:
+    def units(self, batch: Sample) -> dict[str, int | float | Tensor]:
         return self.parts[batch["part"]].units(batch)
 
     def train_dataloader(self) -> DataLoader[Sample]:
