@@ -195,6 +195,9 @@ class DataModule(LightningDataModule, ABC):
     seed: int = 0
     """Decides order and augmentation; it is the recipe's `seed`. Splits do not use it."""
 
+    batch_counts = "samples"
+    """What `batch_size` counts."""
+
     labels: list[str]
     train_set: Dataset[Sample]
     val_set: Dataset[Sample]

@@ -13,6 +13,7 @@ checkpoints/        last.ckpt and best.ckpt, for `train --resume`
 """
 
 import math
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -74,11 +75,11 @@ def train(recipe_path: Path, run: Path, overrides: Sequence[str] = ()) -> dict[s
     write_text(run / CONFIG, config)
     try:
         return _train(recipe, run)
-    except Exception:
-        # A mistake found before training must not keep the corrected command from this folder.
-        if [path.name for path in run.iterdir()] == [CONFIG]:
-            (run / CONFIG).unlink()
-            run.rmdir()
+    except Exception as error:
+        # A mistake that is named must not keep the corrected command from this folder.
+        untouched = [path.name for path in run.iterdir()] == [CONFIG]
+        if untouched or (isinstance(error, ValueError) and not (run / LAST).exists()):
+            shutil.rmtree(run)
         raise
 
 
@@ -187,18 +188,23 @@ def _write_what_prediction_needs(data: DataModule, run: Path) -> None:
 
 def _plan(recipe: Recipe) -> str:
     """One line: the samples of an optimizer step, and the rate."""
-    config, batch = recipe.trainer, recipe.data.batch_size
+    config, batch, counted = recipe.trainer, recipe.data.batch_size, recipe.data.batch_counts
     processes = config.devices * config.num_nodes
     samples = batch * processes * config.accumulate_batches
     factors = ""
     if samples != batch:
         factors = f" ({batch} × {processes} devices × {config.accumulate_batches} accumulated)"
-    return f"{samples} samples a step{factors}, learning rate {recipe.optimizer.lr:g}"
+    return f"{samples} {counted} a step{factors}, learning rate {recipe.optimizer.lr:g}"
 
 
 def _fit(recipe: Recipe, task: Task, run: Path) -> Recorder:
     last = run / LAST
     step = _read_checkpoint(last)["global_step"] if last.exists() else 0
+    if recipe.trainer.parallel == "fsdp2" and not task.uses_all_weights:
+        raise ValueError(
+            "trainer.parallel is fsdp2; this task trains a part of the model at a time, which its "
+            "sharded weights would not allow: set it to ddp"
+        )
     if recipe.trainer.parallel == "fsdp2":
         task.configure_model = partial(shard_parameters, task)  # type: ignore[method-assign]
     if recipe.trainer.compile:
@@ -211,6 +217,7 @@ def _fit(recipe: Recipe, task: Task, run: Path) -> Recorder:
             interrupt=interrupt,
             adaptation=recipe.adaptation,
             first_step=step,
+            find_unused=not task.uses_all_weights,
         )
         try:
             trainer.fit(task, datamodule=recipe.data, ckpt_path=last if last.exists() else None)

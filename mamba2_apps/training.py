@@ -128,6 +128,7 @@ def build_trainer(
     interrupt: threading.Event,
     adaptation: AdaptationConfig,
     first_step: int = 0,
+    find_unused: bool = False,
 ) -> Trainer:
     """A Trainer that writes checkpoints, curves and logs into the folder `run`.
 
@@ -135,6 +136,7 @@ def build_trainer(
         interrupt: when it is set, training saves a checkpoint and raises KeyboardInterrupt.
         first_step: optimizer step of the checkpoint to resume from; later events are dropped from
             the TensorBoard log.
+        find_unused: some steps do not use all weights, which several devices must look for.
     """
     bar = sys.stderr.isatty()
     callbacks: list[Callback] = [
@@ -157,7 +159,7 @@ def build_trainer(
         accelerator=config.accelerator,
         devices=config.devices,
         num_nodes=config.num_nodes,
-        strategy=_strategy(config),
+        strategy=_strategy(config, find_unused),
         precision=PRECISIONS[config.precision],  # type: ignore[arg-type]
         max_epochs=config.max_epochs,
         gradient_clip_val=config.gradient_clip,
@@ -202,9 +204,9 @@ def _profiler(config: TrainerConfig, run: Path) -> PyTorchProfiler | None:
     return PyTorchProfiler(dirpath=run / "profile", filename="summary", schedule=schedule)
 
 
-def _strategy(config: TrainerConfig) -> Strategy | str:
+def _strategy(config: TrainerConfig, find_unused: bool) -> Strategy | str:
     if config.parallel == "ddp":
-        return DDPStrategy(gradient_as_bucket_view=True)
+        return DDPStrategy(gradient_as_bucket_view=True, find_unused_parameters=find_unused)
     if config.parallel == "fsdp2":
         return ModelParallelStrategy(
             data_parallel_size=config.devices * config.num_nodes,

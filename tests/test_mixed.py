@@ -1,5 +1,9 @@
 """One backbone over several domains: turns, resuming, objectives, and where the weights go."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -137,6 +141,28 @@ def test_a_mixed_training_resumes_bitwise_and_starts_another(tmp_path):
         assert torch.equal(tensor, one[f"parts.large.adapter.{name}"])
     with pytest.raises(ValueError, match="answers no questions"):
         mamba2_apps.load(killed).predict(["x.png"])
+
+
+def test_two_processes_train_the_parts_in_turns(tmp_path):
+    recipe = tmp_path / "mixed.yaml"
+    recipe.write_text(RECIPE.replace("max_epochs: 2", "max_epochs: 1, devices: 2, parallel: ddp"))
+    command = [sys.executable, "-P", "-m", "mamba2_apps.cli", "train", str(recipe)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "--run", str(tmp_path / "run")],
+        env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "2 batches of one part a step (1 × 2 devices" in done.stderr
+    assert (tmp_path / "run" / runs.WEIGHTS).is_file()
+
+
+def test_shards_of_weights_that_a_step_may_not_use_are_refused(tmp_path):
+    recipe = tmp_path / "mixed.yaml"
+    recipe.write_text(RECIPE)
+    with pytest.raises(ValueError, match=r"parallel is fsdp2; .* set it to ddp"):
+        runs.train(recipe, tmp_path / "run", ["--trainer.parallel=fsdp2"])
+    assert not (tmp_path / "run").exists()
 
 
 def interrupted_at(step: int):

@@ -46,6 +46,8 @@ class Mixed(DataModule):
         num_workers: processes that read and augment; 0 does it in the training process.
     """
 
+    batch_counts = "batches of one part"
+
     def __init__(
         self, *, parts: dict[str, DataModule], batches_per_epoch: int, num_workers: int = 0
     ) -> None:

@@ -61,6 +61,8 @@ class MixedReconstruction(MaskedReconstruction):
         mask_span: tokens in a row that are hidden together.
     """
 
+    uses_all_weights = False
+
     def __init__(
         self,
         model: MixedModel,

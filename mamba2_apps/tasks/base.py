@@ -175,6 +175,9 @@ class Task(LightningModule, ABC):
         optimizer: how weights are updated.
     """
 
+    uses_all_weights = True
+    """Whether every training step uses every weight."""
+
     def __init__(self, model: nn.Module, labels: list[str], optimizer: OptimizerConfig) -> None:
         super().__init__()
         self.model = model
