@@ -3,12 +3,10 @@
 Dimensions: batch b · seqlen l · d_model d
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from mamba2_apps.genomics.tokenizers import build_tokenizer
+from mamba2_apps.genomics.tokenizers import TokenizerOptions, build_tokenizer
 
 
 class TokenEmbedding(nn.Module):
@@ -16,7 +14,7 @@ class TokenEmbedding(nn.Module):
 
     Args:
         d_model: width of the embeddings.
-        tokenizer: `kind` (base, kmer, bpe) and its options, as the recipe's data has it.
+        tokenizer: `kind` (base, kmer, bpe) and its options, as the recipe's data has them.
         context: tokens, an odd number, that a convolution over the embeddings sees around each; 0:
             none.
         positions: tokens for which a place is learned, for inputs that are aligned (a window around
@@ -35,7 +33,7 @@ class TokenEmbedding(nn.Module):
         self,
         d_model: int,
         *,
-        tokenizer: dict[str, Any] | None = None,
+        tokenizer: TokenizerOptions | None = None,
         context: int = 0,
         positions: int = 0,
         period: int = 0,

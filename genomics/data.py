@@ -35,6 +35,7 @@ from mamba2_apps.genomics.splits import (
     similar_groups,
 )
 from mamba2_apps.genomics.text_files import read_lines
+from mamba2_apps.genomics.tokenizers import TokenizerOptions, resolved_options
 
 
 class Labelled(NamedTuple):
@@ -93,7 +94,7 @@ class LabelledSequences(DataModule):
         batch_size: sequences per step.
         num_workers: processes that augment; 0 does it in the training process.
         balanced: draw every class equally often while training, with replacement.
-        tokenizer: `kind` (base, kmer, bpe) and its options.
+        tokenizer: `kind` (base, kmer, bpe) and its options, of bpe the `path` of its file.
         reverse_complement: chance that a training sequence is given as its other strand, for labels
             that mean the same on both.
         mutation: share of a training sequence's bases that are drawn anew.
@@ -108,7 +109,7 @@ class LabelledSequences(DataModule):
         batch_size: int = 64,
         num_workers: int = 0,
         balanced: bool = False,
-        tokenizer: dict[str, Any] | None = None,
+        tokenizer: TokenizerOptions | None = None,
         reverse_complement: float = 0.0,
         mutation: float = 0.0,
         split: SplitConfig | None = None,
@@ -117,7 +118,7 @@ class LabelledSequences(DataModule):
         for name, value in (("reverse_complement", reverse_complement), ("mutation", mutation)):
             if not 0 <= value <= 1:
                 raise ValueError(f"data.{name} is {value}, expected 0 to 1")
-        self.tokenizer = tokenizer or {"kind": "base"}
+        self.tokenizer = resolved_options(tokenizer or {"kind": "base"})
         if mutation and self.tokenizer.get("kind") != "base":
             raise ValueError(f"data.mutation is {mutation}, which needs base tokens")
         self.reverse_complement, self.mutation = reverse_complement, mutation
@@ -218,7 +219,7 @@ class SequenceTable(LabelledSequences):
         batch_size: sequences per step.
         num_workers: processes that augment; 0 does it in the training process.
         balanced: draw every class equally often while training, with replacement.
-        tokenizer: `kind` (base, kmer, bpe) and its options.
+        tokenizer: `kind` (base, kmer, bpe) and its options, of bpe the `path` of its file.
         reverse_complement: chance that a training sequence is given as its other strand, for labels
             that mean the same on both.
         mutation: share of a training sequence's bases that are drawn anew.
@@ -236,7 +237,7 @@ class SequenceTable(LabelledSequences):
         batch_size: int = 64,
         num_workers: int = 0,
         balanced: bool = False,
-        tokenizer: dict[str, Any] | None = None,
+        tokenizer: TokenizerOptions | None = None,
         reverse_complement: float = 0.0,
         mutation: float = 0.0,
         split: SplitConfig | None = None,
@@ -294,7 +295,7 @@ class GenomicBenchmarks(LabelledSequences):
         batch_size: sequences per step.
         num_workers: processes that augment; 0 does it in the training process.
         balanced: draw every class equally often while training, with replacement.
-        tokenizer: `kind` (base, kmer, bpe) and its options.
+        tokenizer: `kind` (base, kmer, bpe) and its options, of bpe the `path` of its file.
         reverse_complement: chance that a training sequence is given as its other strand, for labels
             that mean the same on both.
         mutation: share of a training sequence's bases that are drawn anew.
@@ -308,7 +309,7 @@ class GenomicBenchmarks(LabelledSequences):
         batch_size: int = 64,
         num_workers: int = 0,
         balanced: bool = False,
-        tokenizer: dict[str, Any] | None = None,
+        tokenizer: TokenizerOptions | None = None,
         reverse_complement: float = 0.5,
         mutation: float = 0.0,
         split: SplitConfig | None = None,

@@ -32,7 +32,7 @@ from mamba2_apps.genomics.regions import (
     without,
 )
 from mamba2_apps.genomics.splits import PARTS, region_leakage
-from mamba2_apps.genomics.tokenizers import Tokenizer
+from mamba2_apps.genomics.tokenizers import Tokenizer, TokenizerOptions, resolved_options
 from mamba2_apps.shards import find_files
 
 
@@ -80,7 +80,7 @@ class GenomeText(DataModule):
         paths: FASTA or GenBank files, folders of them, or patterns such as genomes/*.fa.gz and
             part-{000..127}.fa.
         regions: contigs or regions to take, such as chr2L or chr2R:1-1,000,000; null: everything.
-        tokenizer: `kind` (base, kmer, bpe) and its options.
+        tokenizer: `kind` (base, kmer, bpe) and its options, of bpe the `path` of its file.
         window: bases per sample; a shorter contig is a sample of its own.
         shift: random shift of training windows, in bases either way.
         reverse_complement: chance that a training window is given as its other strand.
@@ -101,7 +101,7 @@ class GenomeText(DataModule):
         num_workers: int = 0,
         paths: list[str],
         regions: list[str] | None = None,
-        tokenizer: dict[str, Any] | None = None,
+        tokenizer: TokenizerOptions | None = None,
         window: int = 8192,
         shift: int = 0,
         reverse_complement: float = 0.0,
@@ -122,7 +122,7 @@ class GenomeText(DataModule):
         check_chance("reverse_complement", reverse_complement)
         if window < 1:
             raise ValueError(f"data.window is {window}, expected at least 1")
-        self.paths, self.tokenizer = paths, tokenizer or {"kind": "base"}
+        self.paths, self.tokenizer = paths, resolved_options(tokenizer or {"kind": "base"})
         if shift and self.tokenizer["kind"] != "base":
             raise ValueError(f"data.shift is {shift}, which needs base tokens")
         self.window, self.shift, self.reverse_complement = window, shift, reverse_complement

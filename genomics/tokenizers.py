@@ -6,6 +6,7 @@ are letters like A, and never padding.
 """
 
 import itertools
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -15,6 +16,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from jsonargparse.typing import register_type
 from torch import Tensor
 
 from mamba2_apps.files import write_json
@@ -197,11 +199,11 @@ class BytePairTokenizer(Tokenizer):
     """Byte-pair encoding as in DNABERT-2 (Zhou et al. 2023), through the `tokenizers` library.
 
     Args:
-        model: the library's own JSON, as `train` makes it.
+        model: the library's own JSON, as `train` makes it, or what that JSON holds.
     """
 
     kind: ClassVar[str] = "bpe"
-    model: str
+    model: str | dict[str, Any]
 
     @classmethod
     def train(cls, sequences: Iterable[str], size: int) -> "BytePairTokenizer":
@@ -218,11 +220,13 @@ class BytePairTokenizer(Tokenizer):
         return cls(model=model.to_str())
 
     def __post_init__(self) -> None:
+        text = self.model if isinstance(self.model, str) else json.dumps(self.model)
         try:
-            model = _tokenizers().Tokenizer.from_str(self.model)
+            model = _tokenizers().Tokenizer.from_str(text)
         except Exception as error:  # the library raises no narrower class
             raise ValueError(f"model is no JSON of the tokenizers library: {error}") from error
         object.__setattr__(self, "_model", model)
+        object.__setattr__(self, "model", model.to_str())  # equal ones have equal text
 
     @property
     def vocabulary(self) -> list[str]:
@@ -248,12 +252,54 @@ TOKENIZERS: dict[str, type[Tokenizer]] = {
 }
 
 
+class _ResolvedOptions(dict[str, Any]):
+    """Names, to jsonargparse, options that `resolved_options` gave; at run time a plain dict."""
+
+
+TokenizerOptions = _ResolvedOptions | dict[str, Any]
+"""`kind` and options of a tokenizer in a recipe. The recipe that a RUN keeps has the tokenizer in
+place of the path to its file, since a RUN predicts without other files."""
+
+
+def resolved_options(values: dict[str, Any]) -> dict[str, Any]:
+    """Options with the model of byte pairs itself where they name its file by `path`.
+
+    The file is what `save` wrote, or the tokenizers library. Raises ValueError that names it where
+    it is neither.
+    """
+    if not isinstance(values, dict):
+        raise ValueError(f"tokenizer is {values!r}, expected such as {{kind: kmer, k: 6}}")
+    if "path" not in values or values.get("kind") != "bpe":
+        return values
+    path, rest = values["path"], {key: values[key] for key in values if key != "path"}
+    if "model" in rest:
+        raise ValueError(f"tokenizer bpe: path is {path} and model is given, too; give one of them")
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        saved = isinstance(content, dict) and content.get("kind") == "bpe"
+        model = BytePairTokenizer(model=content["model"] if saved else content).model
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"tokenizer bpe: path is {path}: {error}; expected a file of BytePairTokenizer.save, "
+            "or a tokenizer.json"
+        ) from error
+    return {**rest, "model": model}
+
+
+register_type(
+    _ResolvedOptions,
+    dict,
+    resolved_options,
+    type_check=lambda value, _: isinstance(value, dict) and "path" not in value,
+)
+
+
 def build_tokenizer(values: dict[str, Any]) -> Tokenizer:
     """The tokenizer that `to_dict` described, or a recipe names by its kind.
 
-    Raises ValueError for an unknown kind or an option that it does not have.
+    Raises ValueError for an unknown kind, an option that it does not have, or a file that is none.
     """
-    options = dict(values)
+    options = dict(resolved_options(values))
     kind = options.pop("kind", None)
     if kind not in TOKENIZERS:
         raise ValueError(f"tokenizer kind is {kind!r}, expected one of {', '.join(TOKENIZERS)}")
@@ -265,8 +311,6 @@ def build_tokenizer(values: dict[str, Any]) -> Tokenizer:
 
 def load_tokenizer(path: str | PathLike[str]) -> Tokenizer:
     """The tokenizer that `save` wrote."""
-    import json
-
     return build_tokenizer(json.loads(Path(path).read_text(encoding="utf-8")))
 
 

@@ -33,7 +33,7 @@ from mamba2_apps.genomics.splits import (
     sequence_leakage,
     similar_groups,
 )
-from mamba2_apps.genomics.tokenizers import BaseTokenizer
+from mamba2_apps.genomics.tokenizers import BaseTokenizer, BytePairTokenizer
 
 RNG = np.random.default_rng(0)
 TARGETS = ["donor", "acceptor", "codon", "intron", "start", "stop"]
@@ -570,6 +570,46 @@ def test_a_run_of_splice_predicts_as_it_was_trained(tmp_path):
 SMALL = ["--model.backbone.n_layer=1", "--model.backbone.d_model=16", "--model.backbone.headdim=8",
          "--model.backbone.d_state=4", "--trainer.accelerator=cpu", "--trainer.precision=fp32",
          "--trainer.max_epochs=1", "--optimizer.warmup_epochs=0"]  # fmt: skip
+
+
+BYTE_PAIRS = """
+description: a table in byte pairs
+data:
+  class_path: mamba2_apps.genomics.data.SequenceTable
+  init_args:
+    path: t.csv
+    targets: [class]
+    part: part
+    tokenizer: {kind: bpe, path: bpe.json}
+model:
+  class_path: mamba2_apps.genomics.models.DNAModel
+  init_args:
+    adapter:
+      class_path: mamba2_apps.genomics.adapter.TokenEmbedding
+      init_args:
+        tokenizer: {kind: bpe, path: bpe.json}
+    backbone: {d_model: 16, n_layer: 1, d_state: 4, headdim: 8, bidirectional: true}
+    head: mamba2_apps.heads.PooledHead
+task: mamba2_apps.tasks.Classification
+optimizer: {warmup_epochs: 0}
+trainer: {max_epochs: 1}
+"""
+
+
+def test_a_run_of_byte_pairs_needs_their_file_no_more(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tokens = BytePairTokenizer.train([dna(500) for _ in range(4)], 40)
+    tokens.save("bpe.json")
+    rows = [f"{dna(40)},{'ab'[i % 2]},{PARTS[i % 3]}" for i in range(12)]
+    Path("t.csv").write_text("\n".join(["sequence,class,part", *rows]))
+    Path("pairs.yaml").write_text(BYTE_PAIRS)
+    assert main(["train", "pairs.yaml", "--run", "run", "--trainer.accelerator=cpu"]) == 0
+    Path("bpe.json").unlink()
+    predictor = load("run", device="cpu")
+    assert predictor.preprocessing.tokens == predictor.task.model.adapter.tokenizer == tokens
+    assert predictor.predict([Seq("ACGTTGCA")])[0]["label"] in ("a", "b")
+    with pytest.raises(ValueError, match=r"tokenizer bpe: path is bpe\.json: .*No such file"):
+        recipes.read(Path("pairs.yaml"))
 
 
 def test_genes_are_trained_and_a_genome_is_predicted_on_the_command_line(

@@ -1,5 +1,7 @@
 """Tokenizers: round trips, soft-masking, and the reverse complement at token level."""
 
+import json
+
 import pytest
 import torch
 from hypothesis import given
@@ -12,6 +14,7 @@ from mamba2_apps.genomics.tokenizers import (
     KmerTokenizer,
     build_tokenizer,
     load_tokenizer,
+    resolved_options,
 )
 
 any_dna = st.text(alphabet=IUPAC + IUPAC.lower(), min_size=1, max_size=50)
@@ -92,6 +95,21 @@ def test_a_saved_tokenizer_is_the_same(tokenizer, tmp_path):
     assert torch.equal(again.encode("ACGTTGACAGT"), tokenizer.encode("ACGTTGACAGT"))
 
 
+@pytest.mark.parametrize("made_by", ["save", "the tokenizers library"])
+def test_byte_pairs_are_named_by_their_file(tmp_path, made_by):
+    path = tmp_path / "t.json"
+    if made_by == "save":
+        BPE.save(path)
+    else:
+        path.write_text(BPE.model)
+    options = resolved_options({"kind": "bpe", "path": str(path)})
+    assert options == BPE.to_dict()
+    assert build_tokenizer({"kind": "bpe", "model": json.loads(BPE.model)}) == BPE
+    path.write_text("[]")
+    with pytest.raises(ValueError, match=r"t\.json: model is no JSON of the tokenizers library"):
+        resolved_options({"kind": "bpe", "path": str(path)})
+
+
 def test_byte_pairs_are_learned():
     assert 16 < BPE.size <= 40
     assert len(BPE.encode("ACGTACGT")) < 8
@@ -110,6 +128,11 @@ def test_byte_pairs_are_learned():
         (lambda: BytePairTokenizer.train(["ACGT"], 10), "size is 10"),
         (lambda: BytePairTokenizer(model="{}"), "no JSON of the tokenizers library"),
         (lambda: build_tokenizer({"kind": "bases"}), "kind is 'bases', expected one of base"),
+        (
+            lambda: build_tokenizer({"kind": "bpe", "path": "no.json"}),
+            r"path is no\.json: .*such file",
+        ),
+        (lambda: build_tokenizer({"kind": "bpe", "path": "a", "model": "b"}), "and model is given"),
         (lambda: build_tokenizer({"kind": "base", "k": 3}), "tokenizer base: .*'k'"),
     ],
 )
