@@ -10,6 +10,7 @@ import codecs
 import gzip
 import mmap
 import os
+import struct
 import tempfile
 import zlib
 from collections import Counter
@@ -27,7 +28,8 @@ from mamba2_apps.data import UnreadableInput
 from mamba2_apps.genomics.intervals import place, unknown_contig
 from mamba2_apps.genomics.sequences import check_sequence, first_invalid, invalid_letter
 from mamba2_apps.genomics.text_files import (
-    GZIP_MAGIC,
+    check_bgzip_end,
+    is_bgzip,
     is_compressed,
     open_binary,
     open_text,
@@ -227,13 +229,6 @@ def read_fastq(path: str | PathLike[str]) -> Iterator[Record]:
         raise UnreadableInput(f"{fspath(path)} holds no FASTQ read")
 
 
-def is_bgzip(path: str | PathLike[str]) -> bool:
-    """Whether a gzip file is made of bgzip's blocks, which can be read one by one."""
-    with open(path, "rb") as file:
-        head = file.read(16)
-    return head[:2] == GZIP_MAGIC and head[3:4] == b"\x04" and head[12:14] == b"BC"
-
-
 def _name(title: str, names: dict[str, int], line: int, where: str) -> tuple[str, str]:
     """Name and description of a header; a name is noted in `names` and may come once."""
     name, description = _name_of(title)
@@ -402,6 +397,7 @@ class _Blocked:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        check_bgzip_end(path)  # an index leaves the file unread
         index = _index_beside(path, ".gzi")
         data_starts, block_starts = _blocks(path) if index is None else _read_gzi(index)
         self._data_starts = np.array(data_starts)
@@ -420,21 +416,27 @@ class _Blocked:
         try:
             text = gzip.decompress(packed)  # a block is a gzip file of its own
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise UnreadableInput(
-                f"{self._path}: damaged or truncated after byte {low:,}; fetch it again"
-            ) from error
+            raise _damaged(self._path, low) from error
         skipped = int(self._data_starts[first])
         return text[start - skipped : end - skipped]
 
 
 def _blocks(path: Path) -> tuple[list[int], list[int]]:
     """Where bgzip's blocks begin in the text, and in the file, by reading it once."""
+    data_starts, block_starts, end = [], [], 0
     try:
         with path.open("rb") as file:
-            blocks = [(data, start) for start, _, data, _ in bgzf.BgzfBlocks(file)]
-    except (ValueError, EOFError, zlib.error, OSError) as error:
-        raise truncated(path, 0) from error
-    return [data for data, _ in blocks], [start for _, start in blocks]
+            for start, length, data, _ in bgzf.BgzfBlocks(file):
+                data_starts.append(data)
+                block_starts.append(start)
+                end = start + length
+    except (ValueError, RuntimeError, struct.error, zlib.error) as error:
+        raise _damaged(path, end) from error
+    return data_starts, block_starts
+
+
+def _damaged(path: Path, after: int) -> UnreadableInput:
+    return UnreadableInput(f"{path}: damaged or truncated after byte {after:,}; fetch it again")
 
 
 def _read_gzi(path: Path) -> tuple[list[int], list[int]]:

@@ -12,16 +12,20 @@ from typing import IO, Any, TextIO, TypeVar
 from mamba2_apps.data import UnreadableInput
 
 GZIP_MAGIC = b"\x1f\x8b"
+BGZIP_END = bytes.fromhex("1f8b08040000000000ff0600424302001b0003000000000000000000")
+"""The empty block that ends every bgzip file (SAM specification, 4.1.2)."""
 Number = TypeVar("Number", int, float)
 
 
 def open_binary(path: str | PathLike[str]) -> IO[bytes]:
     """A file's bytes, decompressed where it is gzip or bgzip, whatever it is called.
 
-    Raises UnreadableInput where there is no such file.
+    Raises UnreadableInput where there is no such file, or a bgzip file lacks its end.
     """
     if not Path(path).is_file():
         raise UnreadableInput(f"{fspath(path)} does not exist or is no file")
+    if is_bgzip(path):
+        check_bgzip_end(path)
     opened: Any = gzip.open(path) if is_compressed(path) else open(path, "rb")  # noqa: SIM115
     return opened
 
@@ -35,6 +39,26 @@ def is_compressed(path: str | PathLike[str]) -> bool:
     """Whether a file begins as gzip does."""
     with open(path, "rb") as file:
         return file.read(2) == GZIP_MAGIC
+
+
+def is_bgzip(path: str | PathLike[str]) -> bool:
+    """Whether a gzip file is made of bgzip's blocks, which can be read one by one."""
+    with open(path, "rb") as file:
+        head = file.read(16)
+    return head[:2] == GZIP_MAGIC and head[3:4] == b"\x04" and head[12:14] == b"BC"
+
+
+def check_bgzip_end(path: str | PathLike[str]) -> None:
+    """Raises UnreadableInput for a bgzip file without its last block: one that was cut between two
+    blocks is whole to gzip."""
+    with open(path, "rb") as file:
+        size = file.seek(0, 2)
+        file.seek(max(size - len(BGZIP_END), 0))
+        if file.read() != BGZIP_END:
+            raise UnreadableInput(
+                f"{fspath(path)}: truncated at byte {size:,}, without the empty block that ends a "
+                "bgzip file; fetch it again, or compress it with bgzip"
+            )
 
 
 def read_lines(path: str | PathLike[str]) -> Iterator[tuple[int, str]]:

@@ -125,6 +125,32 @@ def test_other_files_that_are_no_genome(tmp_path):
         Genome(tmp_path / "none.fa")
 
 
+def test_a_bgzip_file_that_was_cut_or_damaged_is_named(tmp_path):
+    whole = tmp_path / "whole.fa.gz"
+    with bgzf.BgzfWriter(str(whole)) as file:
+        for piece in (">a\n", "ACGT\n" * 400, "GGTT\n" * 400):
+            file.write(piece)
+            file.flush()
+    data = whole.read_bytes()
+    with whole.open("rb") as file:
+        starts = [start for start, *_ in bgzf.BgzfBlocks(file)]
+    for size in {*starts[1:], *range(20, len(data), 7)}:
+        cut = write(tmp_path / "cut.fa.gz", data[:size])
+        for read in (Genome, lambda path: list(read_fasta(path))):
+            with pytest.raises(
+                UnreadableInput, match=rf"cut\.fa\.gz: truncated at byte {size:,}, "
+            ):
+                read(cut)
+    first = starts[1]
+    for wrong in (
+        data[: first + 11] + data[first + 13 :],
+        data[: starts[2] - 6] + data[starts[2] :],
+    ):
+        with pytest.raises(UnreadableInput, match=rf"bad\.fa\.gz: damaged .* after byte {first}"):
+            Genome(write(tmp_path / "bad.fa.gz", wrong))
+    assert Genome(whole)["a"] == 3200
+
+
 def test_a_place_outside_is_named(genome):
     with pytest.raises(ValueError, match="no contig 'tow'; it has two"):
         genome.fetch("tow")
