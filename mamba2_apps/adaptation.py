@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import yaml
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
@@ -117,15 +118,14 @@ def rest_frozen_norms(model: nn.Module) -> None:
 def load_start(model: nn.Module, path: Path) -> list[str]:
     """Load a backbone, and of a RUN the adapter where it fits; return the names of what was loaded.
 
-    The adapter is all that lies outside backbone and head. A model that can fit tensors of other
-    sizes to its own, a position embedding to another resolution, say, has a method
-    `fit_tensors(tensors) -> tensors`.
+    The adapter is all that lies outside backbone and head. A model, or an adapter, that can fit
+    tensors of other sizes to its own, a position embedding to another resolution, say, has a method
+    `fit_tensors(tensors, settings) -> tensors`, where settings are class_path and init_args of what
+    the tensors are of, or {} where nothing tells them.
 
     Raises ValueError that names what of the backbone does not fit.
     """
-    tensors = read_start(path)
-    if hasattr(model, "fit_tensors"):
-        tensors = model.fit_tensors(tensors)  # type: ignore[operator]
+    tensors = _fitted(read_start(path), model, read_settings(path))
     load_part(model.backbone, tensors, "backbone", path)  # type: ignore[arg-type]
     adapter = {
         name: tensor
@@ -139,6 +139,16 @@ def load_start(model: nn.Module, path: Path) -> list[str]:
             model.load_state_dict({name: given[name] for name in adapter}, strict=False)
             return ["backbone", "adapter"]
     return ["backbone"]
+
+
+def _fitted(tensors: dict[str, Tensor], model: Any, settings: dict[str, Any]) -> dict[str, Tensor]:
+    if hasattr(model, "fit_tensors"):
+        return model.fit_tensors(tensors, settings)
+    if not hasattr(getattr(model, "adapter", None), "fit_tensors"):
+        return tensors
+    given = {k.removeprefix("adapter."): t for k, t in tensors.items() if _is_in(k, "adapter")}
+    fitted = model.adapter.fit_tensors(given, settings.get("init_args", {}).get("adapter", {}))
+    return tensors | {f"adapter.{name}": tensor for name, tensor in fitted.items()}
 
 
 def _models_in(tensors: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
@@ -161,6 +171,14 @@ def read_start(path: Path) -> dict[str, Tensor]:
             f"adaptation.start is {path}, expected a finished RUN or a checkpoint ({error})"
         ) from error
     return {f"backbone.{name}": tensor for name, tensor in checkpoint.backbone.items()}
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Class and arguments of a RUN's model, as its configuration has them; {} of a checkpoint."""
+    config = path / "config.yaml"
+    if not config.is_file():
+        return {}
+    return yaml.safe_load(config.read_text(encoding="utf-8")).get("model", {})
 
 
 def load_part(part: nn.Module, tensors: dict[str, Tensor], name: str, source: Path) -> None:

@@ -1,24 +1,32 @@
 """The timm models: timm's own tests, sizes, resolutions, class token, checkpoints."""
 
 import importlib.util
+import json
 import subprocess
 import sys
 import tarfile
 import warnings
+from functools import partial
 from importlib.metadata import version
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from timm.layers import resample_abs_pos_embed
+from timm.models import save_for_hf
 from timm.optim import create_optimizer_v2
 from torch import nn
 
 import mamba2_apps.vision  # noqa: F401  registers the models
 from mamba2_apps import catalog, recipes
-from mamba2_apps.adaptation import parameter_groups
-from mamba2_apps.vision.adapter import PatchProjection
-from mamba2_apps.vision.models import BiMamba2, TimmModel
+from mamba2_apps.adaptation import load_start, parameter_groups
+from mamba2_apps.backbone import BackboneConfig
+from mamba2_apps.checkpoint import save_weights
+from mamba2_apps.heads import PooledHead
+from mamba2_apps.tasks import SequenceModel
+from mamba2_apps.vision.adapter import PatchEmbedding, PatchProjection
+from mamba2_apps.vision.models import BiMamba2, ImageClassifier, TimmModel
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 
@@ -193,6 +201,52 @@ def test_a_checkpoint_of_another_size_loads(tmp_path):
     assert model.model.head.out_features == 3
     images = torch.randn(1, 3, 128, 128)
     torch.testing.assert_close(model.features(images)[0], trained.forward_features(images))
+
+
+def a_run(folder, model, class_path, **init_args):
+    """As much of a RUN as a model starts from."""
+    section = {"class_path": class_path, "init_args": init_args}
+    (folder / "config.yaml").write_text(json.dumps({"model": section}))
+    save_weights(model.state_dict(), folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize(("size", "stride"), [((16, 64), None), ((12, 36), 4)])
+def test_a_run_tells_the_grid_of_its_positions(size, stride, tmp_path):
+    options = {"depth": 1, "patch_size": 8, "img_size": size, "stride": stride}
+    trained = ImageClassifier(5, **options)
+    assert trained.patch_embed.grid_size == (2, 8)
+    run = a_run(tmp_path, trained, "mamba2_apps.vision.models.ImageClassifier", **options)
+    model = ImageClassifier(3, depth=1, patch_size=8, img_size=32)  # 4 x 4, as many
+    assert load_start(model, run) == ["backbone", "adapter"]
+    expected = resample_abs_pos_embed(trained.pos_embed, [4, 4], [2, 8], num_prefix_tokens=0)
+    torch.testing.assert_close(model.pos_embed, expected)
+
+
+def test_what_timm_knows_of_a_checkpoint_tells_the_grid_of_its_positions(tmp_path):
+    options = {"depth": 1, "patch_size": 8, "num_classes": 5}
+    trained = timm.create_model(TINY, **options, img_size=(16, 64))
+    save_for_hf(trained, tmp_path, model_args={**options, "img_size": (16, 64)})
+    model = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, img_size=32)
+    trained.set_input_size(32)
+    torch.testing.assert_close(model.pos_embed, trained.pos_embed)
+
+
+def test_a_run_tells_the_grid_of_its_adapters_positions(tmp_path):
+    def build(size):
+        adapter = partial(PatchEmbedding, image_size=size, patch_size=2)
+        sizes = BackboneConfig(16, 1, d_state=8, headdim=16)
+        return SequenceModel(3, adapter=adapter, backbone=sizes, head=PooledHead)
+
+    wide, square = build((4, 16)), build(8)
+    name = "mamba2_apps.vision.adapter.PatchEmbedding"
+    settings = {"image_size": [4, 16], "patch_size": 2}
+    adapter = {"class_path": name, "init_args": settings}
+    run = a_run(tmp_path, wide, "mamba2_apps.tasks.SequenceModel", adapter=adapter)
+    assert load_start(square, run) == ["backbone", "adapter"]
+    expected = wide.adapter._positions(torch.Size([4, 4]))
+    torch.testing.assert_close(square.adapter.pos_embed, expected)
+    assert torch.equal(square.adapter.proj.weight, wide.adapter.proj.weight)
 
 
 def test_weights_move_between_a_timm_model_and_a_backbone(tmp_path):

@@ -6,6 +6,7 @@ token) · d_model d
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -76,6 +77,25 @@ class ImageTokens(nn.Module, ABC):
             token = self.cls_token.to(tokens.dtype).expand(len(tokens), -1, -1)
             tokens = torch.cat([tokens[:, :middle], token, tokens[:, middle:]], dim=1)
         return tokens, None
+
+    def fit_tensors(
+        self, tensors: dict[str, Tensor], settings: dict[str, Any]
+    ) -> dict[str, Tensor]:
+        """Weights of another such adapter, its positions resampled to this one's grid.
+
+        settings: its "class_path" and "init_args", which tell its grid. Without them, or of another
+        class, the tensors are given back as they are.
+        """
+        if settings.get("class_path", "").rpartition(".")[2] != type(self).__name__:
+            return tensors
+        with torch.device("meta"):
+            grid = type(self)(1, **settings.get("init_args", {})).grid_size
+        if grid == self.grid_size:
+            return tensors
+        positions = resample_abs_pos_embed(
+            tensors["pos_embed"], list(self.grid_size), list(grid), num_prefix_tokens=0
+        )
+        return {**tensors, "pos_embed": positions}
 
     def _positions(self, grid: torch.Size) -> Tensor:
         if tuple(grid) == self.grid_size:

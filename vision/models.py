@@ -496,11 +496,21 @@ class BiMamba2(nn.Module):
         return twin
 
 
-def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: BiMamba2) -> dict[str, Tensor]:
-    """A checkpoint of other patch or image sizes, resampled to the model's."""
+def checkpoint_filter_fn(
+    state_dict: dict[str, Tensor], model: BiMamba2, settings: dict[str, Any] | None = None
+) -> dict[str, Tensor]:
+    """A checkpoint of other patch or image sizes, resampled to the model's.
+
+    Weights alone do not tell the grid that their positions are of. It is that of `settings`, the
+    arguments of the checkpoint's own model (by default those that timm read beside the weights);
+    without any it is taken to be the model's own where that has as many positions, else timm's
+    default of the name, else a square. So load weights of 2 x 8 patches into a model of 4 x 4 by
+    `set_input_size`: create the model with the img_size of the checkpoint first.
+    """
     state_dict = dict(state_dict.get("state_dict", state_dict))  # type: ignore[arg-type]
     weight = state_dict.get("patch_embed.proj.weight")
-    old_grid = _grid_of(state_dict, weight, model)
+    settings = settings or getattr(model, "pretrained_model_args", None) or {}
+    old_grid = _grid_of(state_dict, weight, model, settings)
     if weight is not None:
         size = list(model.patch_embed.patch_size)
         state_dict["patch_embed.proj.weight"] = resample_patch_embed(weight, size)
@@ -511,13 +521,29 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: BiMamba2) -> dict
 
 
 def _grid_of(
-    state_dict: dict[str, Tensor], weight: Tensor | None, model: BiMamba2
+    state_dict: dict[str, Tensor],
+    weight: Tensor | None,
+    model: BiMamba2,
+    settings: dict[str, Any],
 ) -> tuple[int, int] | None:
-    """Rows and columns of a checkpoint's positions, by what timm knows of it, or a square."""
+    """Rows and columns of a checkpoint's positions, as `checkpoint_filter_fn` says."""
     if "pos_embed" not in state_dict:
         return None
     count = state_dict["pos_embed"].shape[1]
-    if count == model.patch_embed.num_patches and not getattr(model, "pretrained_model_args", None):
+    if settings.get("img_size") is not None:
+        patch_size = model.patch_embed.patch_size if weight is None else tuple(weight.shape[-2:])
+        grid = PatchEmbed(
+            settings["img_size"],
+            settings.get("patch_size", patch_size),
+            settings.get("stride"),
+            in_chans=1,
+            embed_dim=1,
+            dynamic_img_pad=settings.get("dynamic_img_pad", False),
+            device="meta",
+        ).grid_size
+        if math.prod(grid) == count:
+            return grid
+    elif count == model.patch_embed.num_patches:
         return model.patch_embed.grid_size
     known = get_pretrained_grid_size(model, weight, count)
     side = math.isqrt(count)
@@ -560,9 +586,14 @@ class ImageClassifier(BiMamba2):
     def forward(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
         return super().forward(inputs)
 
-    def fit_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Another RUN's weights, positions and patches resampled to this model's sizes."""
-        return checkpoint_filter_fn(tensors, self)
+    def fit_tensors(
+        self, tensors: dict[str, Tensor], settings: dict[str, Any]
+    ) -> dict[str, Tensor]:
+        """Another RUN's weights, positions and patches resampled to this model's sizes.
+
+        settings: "init_args" of the RUN's model, which tell the grid of its positions.
+        """
+        return checkpoint_filter_fn(tensors, self, settings.get("init_args"))
 
 
 class TimmModel(nn.Module):
@@ -572,8 +603,8 @@ class TimmModel(nn.Module):
         num_outputs: classes.
         name: the timm name, such as deit_tiny_patch16_224.
         pretrained: start from the weights that timm knows for this name.
-        checkpoint: start from this file of weights; another image size is resampled, a classifier
-            for another number of classes is left out.
+        checkpoint: start from this file of weights; another image size is resampled (of ours as
+            `checkpoint_filter_fn` says), a classifier for another number of classes is left out.
         options: further options of the model, such as img_size, in_chans, stride or drop_path_rate.
     """
 
