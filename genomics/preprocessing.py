@@ -14,7 +14,7 @@ from Bio.Seq import Seq
 from Bio.SeqRecord import SeqRecord
 from torch import Tensor, nn
 
-from mamba2_apps.data import Preprocessing, Sample, UnreadableInput
+from mamba2_apps.data import Preprocessing, Sample, UnreadableInput, data_places
 from mamba2_apps.genomics.annotations import GENBANK_SUFFIXES, genbank_genome
 from mamba2_apps.genomics.fasta import (
     FASTA_SUFFIXES,
@@ -65,6 +65,10 @@ class DNAPreprocessing(Preprocessing):
         return [
             f"{path}#{name}" for path in sequence_files(source) for name in open_sequences(path)
         ]
+
+    def units(self, batch: Sample) -> dict[str, int | float | Tensor]:
+        name = "bases" if self.tokens.kind == "base" else "tokens"
+        return {name: data_places(batch)}
 
     def example(self) -> Sample:
         """An input such as the model was trained on, for export."""
