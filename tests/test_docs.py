@@ -2,9 +2,14 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from mamba2_apps.cli import main
+from mamba2_apps.vision.digits import Digits
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -16,6 +21,21 @@ def test_the_python_example_runs(tmp_path, monkeypatch):
     (example,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     exec(compile(example, "README.md", "exec"), {})
     assert (tmp_path / "my-backbone" / "model.safetensors").is_file()
+
+
+def test_the_six_commands_of_the_guide_to_reuse_run(tmp_path, monkeypatch):
+    guide = (ROOT / "docs" / "reuse.md").read_text(encoding="utf-8")
+    block = re.search(r"six commands.*?```sh\n(.*?)```", guide, flags=re.DOTALL)
+    commands = [line.removeprefix("mamba2-apps ") for line in block[1].splitlines()]
+    assert len(commands) == 6
+    (tmp_path / "audio").symlink_to(ROOT / "audio")  # the guide stands in a clone
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Digits, "baselines", lambda self: {})
+    short = ["--trainer.max_epochs=1", "--optimizer.warmup_epochs=0"]
+    for command in commands:
+        words = shlex.split(command, comments=True)
+        assert main([*words, *(short if words[0] == "train" else [])]) == 0, command
+    assert len(np.load(tmp_path / "vectors.npz")["embeddings"]) == 101
 
 
 @pytest.mark.parametrize(
