@@ -1,8 +1,10 @@
 """Tasks: losses, metrics, optimizer groups, schedule and embeddings."""
 
+import numpy as np
 import pytest
 import torch
 from lightning import Trainer
+from sklearn.metrics import average_precision_score, matthews_corrcoef, roc_auc_score
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -25,6 +27,7 @@ from mamba2_apps.tasks import (
 from mamba2_apps.tasks.classification import balanced_weights
 from mamba2_apps.tasks.pretraining import hidden_tokens
 
+SCORES = {"auroc": roc_auc_score, "average_precision": average_precision_score}
 LABELS = ["a", "b", "c"]
 
 
@@ -125,6 +128,22 @@ def test_epoch_metrics_are_those_of_all_samples_whatever_the_batches():
     assert values["test/loss"] == pytest.approx(one.loss(logits, whole).item(), rel=1e-5)
     assert {"test/macro_f1", "test/calibration_error"} < values.keys()
     assert one.test_scores.metrics["confusion"].compute().sum() == 7
+
+
+def test_classes_against_all_others_are_scored_as_scikit_learn_does():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(60, 3, generator=generator)
+    targets = torch.randint(2, (60,), generator=generator)  # the third class is never there
+    one = task()
+    for rows in torch.arange(60).split(25):
+        one.score(one.test_scores, logits[rows], {"inputs": logits[rows], "targets": targets[rows]})
+    chances = logits.softmax(-1).numpy()
+    found = {name: one.test_scores.metrics[name].compute().item() for name in SCORES}
+    for name, score in SCORES.items():
+        expected = np.mean([score(targets == index, chances[:, index]) for index in (0, 1)])
+        assert found[name] == pytest.approx(expected, abs=1e-6), name
+    mcc = one.test_scores.metrics["mcc"].compute().item()
+    assert mcc == pytest.approx(matthews_corrcoef(targets, chances.argmax(1)), abs=1e-6)
 
 
 def test_calibration_takes_no_logits_for_probabilities():

@@ -3,7 +3,7 @@
 Dimensions: batch b · classes k
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from torchmetrics.classification import (
     MulticlassCalibrationError,
     MulticlassConfusionMatrix,
     MulticlassF1Score,
+    MulticlassMatthewsCorrCoef,
     MultilabelF1Score,
 )
 from torchmetrics.functional.classification import binary_auroc, binary_average_precision
@@ -97,7 +98,10 @@ class Classification(Answers):
         }
         if part != "train":
             metrics["balanced_accuracy"] = MulticlassAccuracy(classes, average="macro", **unchecked)
+            metrics["mcc"] = MulticlassMatthewsCorrCoef(classes, **unchecked)
         if part == "test":
+            metrics["auroc"] = ClassMean(binary_auroc, classes)
+            metrics["average_precision"] = ClassMean(binary_average_precision, classes)
             metrics["calibration_error"] = MulticlassCalibrationError(classes)
             metrics["confusion"] = MulticlassConfusionMatrix(classes)
         return metrics
@@ -200,10 +204,25 @@ class LabelMean(Metric):
         preds, target = dim_zero_cat(self.preds), dim_zero_cat(self.target)
         found = [
             self.score(scores, truth)
-            for scores, truth in zip(preds.unbind(1), target.unbind(1), strict=True)
+            for scores, truth in zip(preds.unbind(1), self.columns(target), strict=True)
             if 0 < truth.sum() < len(truth)
         ]
         return torch.stack(found).mean() if found else preds.new_tensor(torch.nan)
+
+    def columns(self, target: Tensor) -> Iterable[Tensor]:
+        """Targets (n,) of 0 and 1 of each label."""
+        return target.unbind(1)
+
+
+class ClassMean(LabelMean):
+    """The same over classes, each against all others; target (b,) holds their indices."""
+
+    def __init__(self, score: Callable[[Tensor, Tensor], Tensor], classes: int) -> None:
+        super().__init__(score)
+        self.classes = classes
+
+    def columns(self, target: Tensor) -> Iterable[Tensor]:
+        return ((target == index).long() for index in range(self.classes))
 
 
 class MultiLabel(AnyLabels, Answers):
