@@ -36,6 +36,7 @@ from mamba2_apps.genomics.fasta import Genome
 from mamba2_apps.genomics.intervals import Feature
 from mamba2_apps.genomics.preprocessing import DNAPreprocessing, check_tokens
 from mamba2_apps.genomics.regions import (
+    RegionNames,
     Window,
     Windows,
     check_apart,
@@ -209,8 +210,8 @@ class AnnotatedGenome(DataModule):
         kind: str = "CDS",
         targets: list[Target],
         known: Literal["genes", "all"] = "all",
-        test_regions: list[str] | None = None,
-        val_regions: list[str] | None = None,
+        test_regions: RegionNames | None = None,
+        val_regions: RegionNames | None = None,
         val_share: float = 0.1,
         exclude: list[str] | None = None,
         window: int = 8192,

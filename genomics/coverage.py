@@ -17,6 +17,7 @@ from mamba2_apps.genomics.fasta import Genome
 from mamba2_apps.genomics.intervals import Feature
 from mamba2_apps.genomics.preprocessing import DNAPreprocessing, check_tokens, open_sequences
 from mamba2_apps.genomics.regions import (
+    RegionNames,
     Window,
     Windows,
     check_apart,
@@ -83,9 +84,9 @@ class Coverage(DataModule):
         genome: str,
         tracks: list[str],
         names: list[str] | None = None,
-        regions: list[str] | None = None,
-        test_regions: list[str] | None = None,
-        val_regions: list[str] | None = None,
+        regions: RegionNames | None = None,
+        test_regions: RegionNames | None = None,
+        val_regions: RegionNames | None = None,
         held_share: float = 0.1,
         missing: float | None = 0.0,
         window: int = 8192,

@@ -78,10 +78,26 @@ def shifted(window: Window, most: int, low: int, high: int) -> Window:
     return replace(window, start=window.start + by, end=window.end + by)
 
 
-def parsed(texts: Sequence[str], lengths: Mapping[str, int]) -> list[Feature]:
-    """Regions that a recipe names, such as chr2R:1-1,000 or chr2R. Raises ValueError."""
-    places = [parse_region(text, lengths) for text in texts]
+RegionNames = list[str] | str
+"""Regions in a recipe or on the command line: chr2R:1-1,000 or chr2R; one of them, or a list."""
+
+
+def parsed(texts: RegionNames, lengths: Mapping[str, int]) -> list[Feature]:
+    """The regions of these names. Raises ValueError."""
+    places = [parse_region(text, lengths) for text in listed(texts)]
     return [Feature(contig=contig, start=start, end=end) for contig, start, end in places]
+
+
+def listed(texts: RegionNames) -> list[str]:
+    """Names of regions as a list. Raises ValueError for a list that YAML cuts at a comma."""
+    if not isinstance(texts, str):
+        return texts
+    if texts.startswith("["):
+        raise ValueError(
+            f"regions are {texts}, in which the commas of a number end a region; quote each: "
+            '\'["chr2:1-1,000", "chr3"]\''
+        )
+    return [texts]
 
 
 def check_apart(test: Sequence[Feature], val: Sequence[Feature]) -> None:

@@ -36,6 +36,7 @@ from mamba2_apps.genomics.fasta import Genome, MemoryGenome
 from mamba2_apps.genomics.intervals import Feature, parse_region, place
 from mamba2_apps.genomics.orfs import check_codon_labels, decode_orfs
 from mamba2_apps.genomics.preprocessing import DNAPreprocessing, open_sequences
+from mamba2_apps.genomics.regions import RegionNames, listed
 from mamba2_apps.genomics.tracks import (
     BEDGRAPH_SUFFIXES,
     BIGWIG_SUFFIXES,
@@ -252,7 +253,7 @@ def answerer(
     def answer(
         task: Task,
         *,
-        region: list[str] | None = None,
+        region: RegionNames | None = None,
         label: list[str] | None = None,
         window: int = 65536,
         overlap: int = 4096,
@@ -263,7 +264,8 @@ def answerer(
 
         Args:
             task: answers for each base.
-            region: such as chr2R:1-1,000,000, in any order; all contigs where it is not given.
+            region: such as chr2R:1-1,000,000, or a list, in any order; all contigs where it is
+                not given.
             label: of which labels to write; all where it is not given.
             window: bases computed at once.
             overlap: bases that a bidirectional model sees on either side of them.
@@ -277,7 +279,8 @@ def answerer(
         if decode not in (None, "orfs"):
             raise ValueError(f"--decode is {decode!r}, expected orfs")
         genome = open_sequences(sources[0])
-        regions = _in_order([parse_region(text, genome) for text in region or list(genome)], genome)
+        names = listed(region) if region else list(genome)
+        regions = _in_order([parse_region(name, genome) for name in names], genome)
         scan = Scan(task, genome, regions, window, overlap, preprocessing.tokens.encode)
         if stream and not scan.causal:
             raise ValueError(

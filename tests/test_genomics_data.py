@@ -430,6 +430,21 @@ def test_a_whole_genome_is_split_by_region(annotated):
         AnnotatedGenome(annotation="x", targets=["cds"])
 
 
+@pytest.mark.parametrize(
+    ("text", "regions"),
+    [
+        ("c:4,001-4,500", [("c", 4000, 4500)]),
+        ('["c:4,001-4,500", "c:4,601-4,700"]', [("c", 4000, 4500), ("c", 4600, 4700)]),
+        ("[c:4001-4500]", [("c", 4000, 4500)]),
+    ],
+)
+def test_regions_on_the_command_line(annotated, text, regions):
+    words = [f"--data.paths=[{annotated / 'g.fa'}]", "--data.exclude=null", "--data.window=100"]
+    recipe, _ = recipes.read(shipped()["genomics/pretrain"], [*words, "--data.test_regions", text])
+    recipe.data.setup("fit")
+    assert [(r.contig, r.start, r.end) for r in recipe.data.regions["test"]] == regions
+
+
 def test_genes_of_no_strand_are_refused(annotated):
     (annotated / "bare.bed").write_text("c\t10\t40\tg\nc\t50\t80\th\n")
     data = AnnotatedGenome(

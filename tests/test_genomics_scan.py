@@ -192,6 +192,12 @@ def test_a_region_and_several_labels_in_big_wig(causal, fasta, tmp_path):
     )
 
 
+def test_one_region_needs_no_list(causal, fasta, tmp_path):
+    output = tmp_path / "o.bedgraph"
+    run_answerer(causal, [str(fasta)], output, region="one:1-1,000", label=["a"], stream=True)
+    assert {line.split("\t")[0] for line in output.read_text().splitlines()} == {"one"}
+
+
 def test_bed_holds_the_called_segments(both, causal, fasta, tmp_path, capsys):
     output = tmp_path / "o.bed"
     run_answerer(both, [str(fasta)], output, window=150, overlap=1000)
@@ -215,6 +221,7 @@ def test_bed_holds_the_called_segments(both, causal, fasta, tmp_path, capsys):
     [
         ({"stream": True}, "--stream needs a causal model"),
         ({"region": ["one:1-2000"]}, "one has the bases 1-1,000"),
+        ({"region": "[one:1-1,000]"}, "commas of a number end a region; quote each"),
         ({"label": ["z"]}, "--label is 'z', expected one of none, x, y"),
         ({"decode": "orfs"}, "open reading frames need the labels codon1"),
         ({"window": 0}, "window is 0"),
