@@ -87,14 +87,13 @@ def adapt(model: nn.Module, config: AdaptationConfig, *, start: bool = True) -> 
     if not hasattr(model, "backbone"):
         raise ValueError(f"{type(model).__name__} has no backbone to adapt; leave out adaptation")
     if config.start is not None and start:
-        parts = load_start(model, Path(config.start))
-        print(f"{' and '.join(parts)} of {config.start} loaded", file=sys.stderr)
-        if "adapter" not in parts and config.freeze == "all_but_head":
-            print(
-                f"the adapter is not that of {config.start}: it is frozen with random weights; "
-                "--adaptation.freeze backbone trains it",
-                file=sys.stderr,
-            )
+        parts, misfit = load_start(model, Path(config.start))
+        told = f"{' and '.join(parts)} of {config.start} loaded"
+        if misfit:
+            told += f"; the adapter starts at random, for that one's does not fit ({misfit})"
+        if misfit and config.freeze == "all_but_head":
+            told += ": it is frozen with random weights; --adaptation.freeze backbone trains it"
+        print(told, file=sys.stderr)
     elif start and (config.freeze != "none" or config.lora_rank is not None):
         print("nothing was loaded: what is frozen stays random; give --backbone", file=sys.stderr)
     if config.lora_rank is not None:
@@ -115,8 +114,10 @@ def rest_frozen_norms(model: nn.Module) -> None:
             module.train(any(parameter.requires_grad for parameter in module.parameters()))
 
 
-def load_start(model: nn.Module, path: Path) -> list[str]:
-    """Load a backbone, and of a RUN the adapter where it fits; return the names of what was loaded.
+def load_start(model: nn.Module, path: Path) -> tuple[list[str], str]:
+    """Load a backbone, and of a RUN the adapter where it fits.
+
+    Returns the names of what was loaded, and what of the adapter does not fit, or "".
 
     The adapter is all that lies outside backbone and head. A model, or an adapter, that can fit
     tensors of other sizes to its own, a position embedding to another resolution, say, has a method
@@ -132,13 +133,16 @@ def load_start(model: nn.Module, path: Path) -> list[str]:
         for name, tensor in model.state_dict().items()
         if not _is_in(name, "backbone") and not _is_head(name)
     }
+    if not adapter:
+        return ["backbone"], ""
+    misfits = []
     for given in _models_in(tensors):
-        if adapter and all(
-            name in given and given[name].shape == t.shape for name, t in adapter.items()
-        ):
+        problems = _problems({name: given[name] for name in adapter if name in given}, adapter)
+        if not problems:
             model.load_state_dict({name: given[name] for name in adapter}, strict=False)
-            return ["backbone", "adapter"]
-    return ["backbone"]
+            return ["backbone", "adapter"], ""
+        misfits.append("; ".join(problems))
+    return ["backbone"], misfits[-1]  # of a RUN that mixes several models, its last part's
 
 
 def _fitted(tensors: dict[str, Tensor], model: Any, settings: dict[str, Any]) -> dict[str, Tensor]:
@@ -189,6 +193,17 @@ def load_part(part: nn.Module, tensors: dict[str, Tensor], name: str, source: Pa
     given = {key.removeprefix(f"{name}."): t for key, t in tensors.items() if _is_in(key, name)}
     expected = part.state_dict()
     given = layouts.match_direction(given, expected)
+    problems = _problems(given, expected)
+    if problems:
+        raise ValueError(
+            f"the {name} of {source} does not fit this recipe's: {'; '.join(problems)}; give the "
+            f"recipe the sizes that it was trained with (model.{name})"
+        )
+    part.load_state_dict(given)
+
+
+def _problems(given: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:
+    """What keeps tensors from being loaded as the expected ones, by kind, four names of each."""
     wrong = [
         f"{key} {tuple(given[key].shape)} for {tuple(expected[key].shape)}"
         for key in expected.keys() & given.keys()
@@ -198,17 +213,11 @@ def load_part(part: nn.Module, tensors: dict[str, Tensor], name: str, source: Pa
         sorted(expected.keys() - given.keys()),
         sorted(given.keys() - expected.keys()),
     )
-    problems = [
+    return [
         f"{what}: {', '.join(keys[:4])}{' …' if len(keys) > 4 else ''}"
         for what, keys in (("missing", missing), ("not known", unknown), ("shapes", sorted(wrong)))
         if keys
     ]
-    if problems:
-        raise ValueError(
-            f"the {name} of {source} does not fit this recipe's: {'; '.join(problems)}; give the "
-            f"recipe the sizes that it was trained with (model.{name})"
-        )
-    part.load_state_dict(given)
 
 
 class LowRank(nn.Module):

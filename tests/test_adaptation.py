@@ -86,9 +86,25 @@ def test_an_adapter_of_other_shapes_keeps_its_own_weights(pretrained, capsys):
     adapt(one, AdaptationConfig(start=str(pretrained)))
     for name, tensor in one.adapter.state_dict().items():
         assert torch.equal(tensor, before[name])
-    assert "frozen" not in capsys.readouterr().err
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith(f"backbone of {pretrained} loaded; the adapter starts at random, for ")
+    assert said.endswith("(shapes: adapter.proj.weight (16, 1, 2, 2) for (16, 1, 4, 4))")
+    assert "frozen" not in said
     adapt(one, AdaptationConfig(start=str(pretrained), freeze="all_but_head"))
     assert "it is frozen with random weights" in capsys.readouterr().err
+
+
+def test_what_the_starts_adapter_lacks_is_named(pretrained, tmp_path, capsys):
+    one = model()
+    one.adapter = PatchEmbedding(16, image_size=8, patch_size=2, in_chans=1, class_token=True)
+    adapt(one, AdaptationConfig(start=str(pretrained)))
+    said = capsys.readouterr().err
+    assert said.endswith("does not fit (missing: adapter.cls_token)\n")
+    one.backbone.save_pretrained(tmp_path)
+    adapt(model(), AdaptationConfig(start=str(tmp_path)))
+    assert "(missing: adapter.pos_embed, adapter.proj.bias, adapter" in capsys.readouterr().err
+    adapt(model(), AdaptationConfig(start=str(pretrained)))
+    assert capsys.readouterr().err == f"backbone and adapter of {pretrained} loaded\n"
 
 
 def test_a_backbone_that_does_not_fit_is_refused_by_name(pretrained, tmp_path):

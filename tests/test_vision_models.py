@@ -218,7 +218,7 @@ def test_a_run_tells_the_grid_of_its_positions(size, stride, tmp_path):
     assert trained.patch_embed.grid_size == (2, 8)
     run = a_run(tmp_path, trained, "mamba2_apps.vision.models.ImageClassifier", **options)
     model = ImageClassifier(3, depth=1, patch_size=8, img_size=32)  # 4 x 4, as many
-    assert load_start(model, run) == ["backbone", "adapter"]
+    assert load_start(model, run) == (["backbone", "adapter"], "")
     expected = resample_abs_pos_embed(trained.pos_embed, [4, 4], [2, 8], num_prefix_tokens=0)
     torch.testing.assert_close(model.pos_embed, expected)
 
@@ -243,7 +243,7 @@ def test_a_run_tells_the_grid_of_its_adapters_positions(tmp_path):
     settings = {"image_size": [4, 16], "patch_size": 2}
     adapter = {"class_path": name, "init_args": settings}
     run = a_run(tmp_path, wide, "mamba2_apps.tasks.SequenceModel", adapter=adapter)
-    assert load_start(square, run) == ["backbone", "adapter"]
+    assert load_start(square, run) == (["backbone", "adapter"], "")
     expected = wide.adapter._positions(torch.Size([4, 4]))
     torch.testing.assert_close(square.adapter.pos_embed, expected)
     assert torch.equal(square.adapter.proj.weight, wide.adapter.proj.weight)
