@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mamba2_apps import layouts
 from mamba2_apps.attention import Attention, AttentionState
-from mamba2_apps.checkpoint import BACKBONE_FORMAT, load_weights, write_folder
+from mamba2_apps.checkpoint import BACKBONE_FORMAT, cast_weights, load_weights, write_folder
 from mamba2_apps.checks import check_call, is_count, require
 from mamba2_apps.mixer import Mamba2, Mamba2State
 from mamba2_apps.padding import LeftAligned
@@ -428,17 +428,20 @@ class Backbone(nn.Module):
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,
     ) -> Self:
-        """A backbone from a checkpoint, in eval mode; dtype None keeps what is stored.
+        """A backbone from a checkpoint, in eval mode.
 
         Read are what `save_pretrained` wrote, Hugging Face's Mamba2 folders and state-spaces'
         (see `mamba2_apps.layouts`), by path or by name on the Hub. An embedding table and an output
-        head are left out: `mamba2_apps.language.LanguageModel` takes them too.
+        head are left out: `mamba2_apps.language.LanguageModel` takes them too. dtype None
+        keeps what is stored; A_log, D and dt_bias are only ever widened.
 
         Raises:
             FileNotFoundError: no such directory or repository, or a file missing in it.
             ValueError: a damaged file, a layout that is not known, weights that do not fit.
         """
-        return cls.from_checkpoint(layouts.read(path_or_repo)).to(device=device, dtype=dtype)
+        backbone = cls.from_checkpoint(layouts.read(path_or_repo))
+        cast_weights(backbone, dtype)
+        return backbone.to(device)
 
     @classmethod
     def from_checkpoint(cls, checkpoint: layouts.Checkpoint) -> Self:

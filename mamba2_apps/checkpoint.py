@@ -93,6 +93,16 @@ def load_weights(
     module.load_state_dict(tensors, assign=assign)
 
 
+def cast_weights(module: nn.Module, dtype: torch.dtype | None) -> None:
+    """Give weights another dtype; None: none. A_log, D and dt_bias are only ever widened: a decay
+    over thousands of tokens is no longer the trained one when its rate has lost its digits."""
+    for name, parameter in module.named_parameters():
+        if dtype is not None:
+            exact = name.rpartition(".")[2] in ("A_log", "D", "dt_bias")
+            to = torch.promote_types(parameter.dtype, dtype) if exact else dtype
+            parameter.data = parameter.data.to(to)
+
+
 def write_folder(
     path: str | os.PathLike[str],
     form: str,

@@ -12,7 +12,13 @@ from torch import Tensor, nn
 
 from mamba2_apps import layouts
 from mamba2_apps.backbone import Backbone, BackboneConfig
-from mamba2_apps.checkpoint import CONFIG_NAME, LANGUAGE_MODEL_FORMAT, read_json, write_folder
+from mamba2_apps.checkpoint import (
+    CONFIG_NAME,
+    LANGUAGE_MODEL_FORMAT,
+    cast_weights,
+    read_json,
+    write_folder,
+)
 from mamba2_apps.heads import LanguageModelHead, pool_tokens
 
 
@@ -146,9 +152,10 @@ class LanguageModel(nn.Module):
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,
     ) -> Self:
-        """A language model from a checkpoint, in eval mode; dtype None keeps what is stored.
+        """A language model from a checkpoint, in eval mode.
 
         Read are what `save_pretrained` wrote, Hugging Face's Mamba2 folders and state-spaces'.
+        dtype None keeps what is stored; A_log, D and dt_bias are only ever widened.
 
         Raises:
             FileNotFoundError: no such directory or repository, or a file missing in it.
@@ -187,7 +194,8 @@ class LanguageModel(nn.Module):
         model.head.proj.weight = (
             model.embedding.weight if head is None or tied else nn.Parameter(head)
         )
-        return model.to(device=device, dtype=dtype).eval()
+        cast_weights(model, dtype)
+        return model.to(device).eval()
 
 
 def load_tokenizer(path_or_repo: str | os.PathLike[str]) -> Any:

@@ -177,6 +177,22 @@ def test_a_language_model_comes_back_bit_by_bit(tmp_path):
         assert torch.equal(backbone.norm_f.weight, one.backbone.norm_f.weight)
 
 
+def test_another_dtype_leaves_the_decays_alone(tmp_path):
+    LanguageModel(BackboneConfig(32, 2, d_state=8, headdim=8), 40).save_pretrained(tmp_path)
+    stored, ids = LanguageModel.from_pretrained(tmp_path), torch.arange(12)[None]
+    for cls in (LanguageModel, Backbone):
+        half = cls.from_pretrained(tmp_path, dtype=torch.bfloat16)
+        for name, tensor in half.state_dict().items():
+            exact = name.rpartition(".")[2] in ("A_log", "D", "dt_bias")
+            assert tensor.dtype == (torch.float32 if exact else torch.bfloat16), name
+    half = LanguageModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert half.tied
+    assert half.head.proj.weight is half.embedding.weight
+    with torch.no_grad():
+        expected = stored(ids)
+        assert (half(ids).float() - expected).norm() < 2e-2 * expected.norm()
+
+
 HYBRID = {
     "d_model": 32, "n_layer": 2, "d_intermediate": 100, "vocab_size": 37,
     "ssm_cfg": {"layer": "Mamba2", "d_state": 8, "headdim": 8, "chunk_size": 256},
