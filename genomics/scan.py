@@ -513,10 +513,12 @@ def _feature(label: str, contig: str, start: int, end: int, total: float) -> Fea
 
 def _orfs(parts: Parts, genome: Genome) -> Iterator[Feature]:
     """Open reading frames that the labels of codon places speak for, region by region."""
-    for contig, start, end in parts.scan.regions:
-        pieces = [p.values for p in parts if p.contig == contig and start <= p.start < end]
+    numbered = zip(parts.scan.starts(), parts, strict=True)
+    for index, pieces in groupby(numbered, key=lambda pair: pair[0][0]):
+        contig, start, end = parts.scan.regions[index]
+        values = np.concatenate([piece.values for _, piece in pieces])
         sequence = genome.fetch(contig, start, end)
-        yield from decode_orfs(sequence, np.concatenate(pieces), parts.scan.labels, contig, start)
+        yield from decode_orfs(sequence, values, parts.scan.labels, contig, start)
 
 
 def _row(feature: Feature) -> dict[str, Any]:

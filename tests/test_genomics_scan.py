@@ -473,6 +473,21 @@ def test_frames_that_a_model_speaks_for_are_found(strand):
     assert not longest_orfs(text, 16, 0)
 
 
+def test_frames_of_many_regions_read_each_piece_once(fasta, tmp_path, monkeypatch):
+    task = task_of(TokenMultiLabel, TokenHead, CODON_LABELS, bidirectional=False)
+    regions, window = ["one:1-400", "one:501-1,000", "two"], 150
+    read, load, decoded = [], np.load, []
+    monkeypatch.setattr(np, "load", lambda *a, **k: read.append(a[0]) or load(*a, **k))
+    monkeypatch.setattr(scanning, "decode_orfs", lambda *a: decoded.append(a) or [])
+    output = tmp_path / "o.bed"
+    run_answerer(task, [str(fasta)], output, decode="orfs", region=regions, window=window)
+    assert len(read) == len(set(read)) == 3 + 4 + 3
+    wanted = [("one", 0, 400), ("one", 500, 1000), ("two", 0, 333)]
+    for (text, values, _, contig, offset), (name, start, end) in zip(decoded, wanted, strict=True):
+        assert (text, contig, offset) == (GENOME[name][start:end], name, start)
+        np.testing.assert_allclose(values, one_pass(task, text), rtol=1e-4)
+
+
 def test_genes_overlap_where_the_model_says_so():
     letters = np.random.default_rng(3).choice(list("ACGT"), 600)
     text = "".join(letters)
