@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
 
 from mamba2_apps.backbone import Backbone, BackboneConfig
 from mamba2_apps.genomics.adapter import TokenEmbedding
@@ -122,6 +124,20 @@ def mistakes() -> None:
     split_sequence(dna_model())
 
 
+def compare_on_a_mesh(size: int) -> None:
+    """Rows over one dimension of a device mesh, slices over the other: one process's gradients."""
+    mesh = init_device_mesh("cpu", (size // 2, 2), mesh_dim_names=("data", "context"))
+    rows = torch.randn(size // 2, 48, 32, generator=torch.Generator().manual_seed(2)).double()
+    whole, split = (Model(bidirectional=True).double() for _ in range(2))
+    sum(part.square().mean() for part in whole(rows)).backward()
+    context = split_sequence(split, mesh["context"].get_group())
+    row = rows[mesh["data"].get_local_rank()][None]
+    replicated = DistributedDataParallel(split)  # kept: it averages while it lives
+    sum(part.square().mean() for part in replicated(context.shard(row))).backward()
+    for parameter, expected in zip(split.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, expected.grad, rtol=1e-10, atol=1e-10)
+
+
 def main(rank: int, size: int, meeting: str) -> None:
     """What every process of the test runs."""
     torch.set_num_threads(1)
@@ -137,6 +153,7 @@ def main(rank: int, size: int, meeting: str) -> None:
     compare("bidirectional", 4 * size, torch.float64)
     compare("causal", 300 * size, torch.float64)
     assert bytes_sent(64) == bytes_sent(640) > 0
+    compare_on_a_mesh(size)
     mistakes()
     dist.destroy_process_group()
 
