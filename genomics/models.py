@@ -124,7 +124,7 @@ class DNAModel(nn.Module):
         """
         hidden, _ = self.strand_features(inputs, mask, hide)
         if self.both_strands:
-            forward, reverse = hidden.chunk(2)
+            forward, reverse = _strands(hidden)
             hidden = (forward + reverse.flip(1)) / 2
         return hidden, mask
 
@@ -150,7 +150,7 @@ class DNAModel(nn.Module):
         outputs = self.head(hidden, mask)
         if not self.both_strands:
             return outputs
-        forward, reverse = outputs.chunk(2)
+        forward, reverse = _strands(outputs)
         if outputs.dim() == 3:
             self._check_bins(hidden)
             reverse = reverse.flip(1)
@@ -165,7 +165,7 @@ class DNAModel(nn.Module):
         """One vector (b, d) per input, pooled as the head pools, the same for both strands."""
         hidden, mask = self.strand_features(inputs, mask)
         pooled = pool_tokens(hidden, mask, getattr(self.head, "pool", "mean"))
-        return sum(pooled.chunk(2)) / 2 if self.both_strands else pooled  # type: ignore[return-value]
+        return _strands(pooled).mean(0) if self.both_strands else pooled
 
     def token_mask(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor | None:
         """Which tokens (b, l) hold data: `mask` itself."""
@@ -330,6 +330,11 @@ def _swap(pairs: list[list[int]] | str, k: int) -> Tensor:
     return swap
 
 
+def _strands(rows: Tensor) -> Tensor:
+    """(2, b, …) of rows (2 b, …); `chunk` would fix the batch size of an exported graph."""
+    return rows.unflatten(0, (2, -1))
+
+
 def _with_flipped(values: Tensor | None) -> Tensor | None:
     return None if values is None else torch.cat([values, values.flip(1)])
 
@@ -358,7 +363,7 @@ def _partner_in_rows(residual: Tensor, lengths: Tensor | None) -> Tensor:
         mirrored = torch.where(
             position < lengths[:, None], lengths[:, None] - 1 - position, position
         )
-    other = torch.arange(rows, device=residual.device).roll(rows // 2)
+    other = _strands(torch.arange(rows, device=residual.device)).flip(0).flatten()
     return other[:, None] * length + mirrored
 
 

@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 
+from mamba2_apps import export
 from mamba2_apps.backbone import BackboneConfig
 from mamba2_apps.genomics.adapter import TokenEmbedding
 from mamba2_apps.genomics.models import CenterHead, DNAModel, MLPHead
@@ -147,6 +148,19 @@ def test_average_is_both_strands_in_use_and_one_in_training():
     torch.testing.assert_close(net(ids, mask), mean, rtol=0, atol=1e-10)
     net.train()
     torch.testing.assert_close(net(ids, mask), single(ids, mask), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("head", "layout"), [("pooled", "torch"), ("token", "onnx")])
+def test_both_strands_are_exported_with_a_free_batch_size(tmp_path, head, layout):
+    if layout == "onnx":
+        pytest.importorskip("onnxruntime")
+    one = model(head, strands="equivariant", strand_pairs=PAIRS, strand_mixing=True, n_layer=1)
+    program = export.trace(one, (rows([24, 24], 24)[0],))
+    write = export._write_onnx if layout == "onnx" else export._write_program
+    call = write(program, tmp_path / "model")
+    for size in (1, 3):
+        ids, _, _ = rows([24] * size, 24)
+        torch.testing.assert_close(call((ids,)), one(ids))
 
 
 def test_hiding_a_base_hides_it_on_both_strands():
