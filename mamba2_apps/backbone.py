@@ -9,9 +9,8 @@ batch b · seqlen l · d_model d
 import inspect
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, fields
-from tempfile import TemporaryDirectory
 from typing import Any, Self
 
 import torch
@@ -21,7 +20,13 @@ from torch.utils.checkpoint import checkpoint
 
 from mamba2_apps import layouts
 from mamba2_apps.attention import Attention, AttentionState
-from mamba2_apps.checkpoint import BACKBONE_FORMAT, cast_weights, load_weights, write_folder
+from mamba2_apps.checkpoint import (
+    BACKBONE_FORMAT,
+    HubUpload,
+    cast_weights,
+    load_weights,
+    write_folder,
+)
 from mamba2_apps.checks import check_call, is_count, require
 from mamba2_apps.mixer import Mamba2, Mamba2State
 from mamba2_apps.padding import LeftAligned
@@ -265,7 +270,7 @@ class Block(nn.Module):
         return branch * (kept / keep)
 
 
-class Backbone(nn.Module):
+class Backbone(HubUpload, nn.Module):
     """A stack of Mamba-2 blocks over (b, l, d_model); hidden states after a final norm.
 
     Args:
@@ -388,37 +393,6 @@ class Backbone(nn.Module):
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Writes config.json and model.safetensors into the directory `path`, each atomically."""
         write_folder(path, BACKBONE_FORMAT, {"config": self.config.to_dict()}, self.state_dict())
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        license: str | None = None,
-        datasets: Sequence[str] = (),
-        private: bool | None = None,
-        token: str | None = None,
-        commit_message: str = "Upload with mamba2_apps",
-    ) -> str:
-        """Save into a repository of the Hub with a model card; return the commit's address.
-
-        license and datasets are what the card states; the rest is `mamba2_apps.hub.push`'s.
-        """
-        from mamba2_apps import hub
-
-        parameters = sum(p.numel() for p in self.parameters())
-        card = hub.backbone_card(
-            self.config.to_dict(), parameters, license=license, datasets=datasets
-        )
-        with TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            return hub.push(
-                folder,
-                repo_id,
-                card=card,
-                private=private,
-                token=token,
-                commit_message=commit_message,
-            )
 
     @classmethod
     def from_pretrained(

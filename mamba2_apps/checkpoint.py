@@ -6,8 +6,9 @@ file or the new one, never a part.
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -91,6 +92,37 @@ def load_weights(
             f"{source}: weights do not fit {type(module).__name__}: {'; '.join(problems)}"
         )
     module.load_state_dict(tensors, assign=assign)
+
+
+class HubUpload:
+    """A model with `save_pretrained` that can be uploaded."""
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        license: str | None = None,
+        datasets: Sequence[str] = (),
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str = "Upload with mamba2_apps",
+    ) -> str:
+        """Save into a repository of the Hub with a model card; return the commit's address.
+
+        license and datasets are what the card states; the rest is `mamba2_apps.hub.push`'s.
+        """
+        from mamba2_apps import hub
+
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder)  # type: ignore[attr-defined]
+            return hub.push(
+                folder,
+                repo_id,
+                card=hub.model_card(self, license=license, datasets=datasets),
+                private=private,
+                token=token,
+                commit_message=commit_message,
+            )
 
 
 def cast_weights(module: nn.Module, dtype: torch.dtype | None) -> None:

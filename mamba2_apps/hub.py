@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,33 +15,33 @@ CARD_NAME = "README.md"
 _TAGS = ["mamba2", "state-space-model"]
 
 
-def backbone_card(
-    config: Mapping[str, Any],
-    parameters: int,
-    *,
-    license: str | None = None,
-    datasets: Sequence[str] = (),
-) -> str:
-    """The model card of a backbone: its sizes, and how to load it.
+def model_card(model: Any, *, license: str | None = None, datasets: Sequence[str] = ()) -> str:
+    """The model card of a Backbone or a LanguageModel: its sizes, and how to load it.
 
     Args:
-        config: of the backbone, as `BackboneConfig.to_dict` gives it.
-        parameters: their number.
+        model: what the card is of.
         license: identifier of the weights' licence, such as apache-2.0; None: not stated.
         datasets: names of what it was trained on.
     """
     data = ModelCardData(
         library_name="mamba2_apps", tags=_TAGS, license=license, datasets=list(datasets) or None
     )
-    direction = "bidirectional" if config["bidirectional"] else "causal"
+    kind = type(model).__name__
+    config = model.config if kind == "Backbone" else model.backbone.config
+    parameters = sum(p.numel() for p in model.parameters())
+    direction = "bidirectional" if config.bidirectional else "causal"
+    noun, call = (
+        ("backbone", "hidden = model(embeddings)  # (batch, seqlen, d_model)")
+        if kind == "Backbone"
+        else ("language model", "logits = model(ids)  # (batch, seqlen, vocabulary)")
+    )
     text = (
-        f"# A {direction} Mamba-2 backbone\n\n"
-        f"{config['n_layer']} layers of width {config['d_model']}, state size {config['d_state']}; "
+        f"# A {direction} Mamba-2 {noun}\n\n"
+        f"{config.n_layer} layers of width {config.d_model}, state size {config.d_state}; "
         f"{parameters:,} parameters. Trained on: {', '.join(datasets) or 'not stated'}. Licence: "
         f"{license or 'not stated'}.\n\n"
-        "```python\nfrom mamba2_apps import Backbone\n\n"
-        'backbone = Backbone.from_pretrained("this folder or repository")\n'
-        "hidden = backbone(embeddings)  # (batch, seqlen, d_model)\n```\n"
+        f"```python\nfrom {type(model).__module__} import {kind}\n\n"
+        f'model = {kind}.from_pretrained("this folder or repository")\n{call}\n```\n'
     )
     return str(ModelCard(f"---\n{data}\n---\n\n{text}"))
 
@@ -57,6 +57,7 @@ def run_card(run: Path, *, license: str | None = None) -> str:
     metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
     test = {name: value for name, value in metrics["test"].items() if value is not None}
     source = recipe["data"]["class_path"].rpartition(".")[2]
+    data_text = ", ".join([recipe["data"]["class_path"], *_files_of(recipe["data"]["init_args"])])
     results = [
         EvalResult(
             task_type=recipe["task"]["class_path"].rpartition(".")[2].lower(),
@@ -81,12 +82,19 @@ def run_card(run: Path, *, license: str | None = None) -> str:
         f"# {run.name}\n\n{recipe['description']}.\n\n"
         f"{metrics['parameters']:,} parameters, the weights of epoch "
         f"{metrics['best_epoch']['epoch']} of {metrics['epochs']}, seed {metrics['seed']}. Data: "
-        f"{recipe['data']['class_path']}. Licence: {license or 'not stated'}.\n\n"
+        f"{data_text}. Licence: {license or 'not stated'}.\n\n"
         "| on the test data | |\n|---|---|\n" + "\n".join(rows) + "\n\n"
         "```python\nimport mamba2_apps\n\n"
         'answers = mamba2_apps.load("this folder").predict(["an input"])\n```\n'
     )
     return str(ModelCard(f"---\n{data}\n---\n\n{text}"))
+
+
+def _files_of(options: dict[str, Any]) -> list[str]:
+    """What a recipe's data are read from, by their options' names."""
+    names = ("source", "folder", "root", "genome", "annotation", "paths", "vcf")
+    given = [(name, options[name]) for name in names if options.get(name)]
+    return [f"{name} `{value}`" for name, value in given]
 
 
 def push(

@@ -15,6 +15,7 @@ from mamba2_apps.backbone import Backbone, BackboneConfig
 from mamba2_apps.checkpoint import (
     CONFIG_NAME,
     LANGUAGE_MODEL_FORMAT,
+    HubUpload,
     cast_weights,
     read_json,
     write_folder,
@@ -22,7 +23,7 @@ from mamba2_apps.checkpoint import (
 from mamba2_apps.heads import LanguageModelHead, pool_tokens
 
 
-class LanguageModel(nn.Module):
+class LanguageModel(HubUpload, nn.Module):
     """Embedding table ∘ causal backbone ∘ output head.
 
     Args:

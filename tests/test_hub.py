@@ -9,6 +9,7 @@ from huggingface_hub import ModelCard
 
 from mamba2_apps import catalog, hub, runs
 from mamba2_apps.backbone import Backbone, BackboneConfig
+from mamba2_apps.language import LanguageModel
 
 
 @pytest.fixture
@@ -43,6 +44,18 @@ def test_a_backbone_is_uploaded_whole_with_a_card(uploads, tmp_path):
     assert Backbone.from_pretrained(tmp_path).config == backbone.config
 
 
+def test_a_language_model_is_uploaded_with_its_table(uploads, tmp_path):
+    model = LanguageModel(BackboneConfig(32, 2, d_state=8, headdim=8), 40)
+    model.push_to_hub("me/words")
+    ((_, files, _),) = uploads
+    card = files["README.md"].decode()
+    assert "# A causal Mamba-2 language model" in card
+    assert "from mamba2_apps.language import LanguageModel" in card
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes(files[name])
+    assert LanguageModel.from_pretrained(tmp_path).vocab_size == 40
+
+
 def test_a_run_has_a_card_with_its_metrics(uploads, tmp_path):
     options = ["--trainer.max_epochs=1", "--optimizer.warmup_epochs=0", "--trainer.accelerator=cpu"]
     options += ["--model.backbone.n_layer=1", "--model.backbone.d_model=16"]
@@ -54,6 +67,7 @@ def test_a_run_has_a_card_with_its_metrics(uploads, tmp_path):
     assert f"| accuracy | {metrics['test']['accuracy']:.4f} |" in card.text
     assert "accuracy of scikit-learn SVC" in card.text
     assert card.data.license is None
+    assert hub._files_of({"folder": "a/b", "batch_size": 8, "source": None}) == ["folder `a/b`"]
     hub.push(tmp_path / "run", "me/run", card=hub.run_card(tmp_path / "run", license="mit"))
     ((_, files, ignored),) = uploads
     assert ModelCard(files["README.md"].decode()).data.license == "mit"
