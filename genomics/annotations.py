@@ -65,9 +65,7 @@ def read_features(
 def on_genome(features: list[Feature], lengths: Mapping[str, int], what: str) -> list[Feature]:
     """Features with the genome's contig names, within its ends; ValueError where that fails."""
     first = {feature.contig: feature.where for feature in reversed(features)}
-    names: dict[str, str] = {}
-    for contig, where in first.items():
-        names |= reconcile_contigs([contig], lengths, what, where)
+    names = reconcile_contigs(first, lengths, what, first)
     renamed = [
         f if names[f.contig] == f.contig else replace(f, contig=names[f.contig]) for f in features
     ]
@@ -147,10 +145,10 @@ def read_genbank(path: str | PathLike[str]) -> Iterator[tuple[Record, list[Featu
 
     A feature that runs over the origin of a circular genome is two, one on either side of it. What
     lies between two bases is left out, and, with a warning, what lies partly in another record.
-    Raises UnreadableInput for a record without features besides its source, or without sequence, or
-    a name that comes twice.
+    Raises UnreadableInput for a record without sequence, a name that comes twice, or, in the end,
+    where no record has features besides its source.
     """
-    records = 0
+    records, annotated = 0, False
     names: set[str] = set()
     try:
         with open_text(path) as text, warnings.catch_warnings():
@@ -177,10 +175,7 @@ def read_genbank(path: str | PathLike[str]) -> Iterator[tuple[Record, list[Featu
                         f, contig, len(sequence), f"{where}, {f.type} at {f.location}"
                     )
                 ]
-                if not features:
-                    raise UnreadableInput(
-                        f"{where} has no features besides its source; expected CDS and the like"
-                    )
+                annotated = annotated or bool(features)
                 yield Record(contig, sequence, entry.description), features
     except UnreadableInput:
         raise
@@ -190,6 +185,10 @@ def read_genbank(path: str | PathLike[str]) -> Iterator[tuple[Record, list[Featu
         raise UnreadableInput(f"{fspath(path)}: after record {records}: {error}") from error
     if not records:
         raise UnreadableInput(f"{fspath(path)} holds no GenBank record; expected a line LOCUS")
+    if not annotated:
+        raise UnreadableInput(
+            f"{fspath(path)}: no record has features besides its source; expected CDS and the like"
+        )
 
 
 def genbank_genome(path: str | PathLike[str]) -> MemoryGenome:

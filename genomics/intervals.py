@@ -119,34 +119,59 @@ def unknown_contig(name: str, known: Iterable[str]) -> str:
 
 
 def reconcile_contigs(
-    names: Iterable[str], known: Iterable[str], what: str, where: str = ""
+    names: Iterable[str],
+    known: Iterable[str],
+    what: str,
+    where: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
     """What the genome calls each of the contigs that a file names.
 
-    `chr1` and `1`, `chrM` and `MT` are taken for the same, with a warning that names them.
+    `chr1` and `1`, `chrM` and `MT`, and `NC_1` and `NC_1.1` (GenBank's LOCUS has no version) are
+    taken for the same, with a warning that names them.
 
     Args:
         names: contigs of the file.
         known: contigs of the genome.
         what: the file, for messages.
-        where: file and line, where a message can be more precise than `what`.
+        where: file and line of a name, where a message can be more precise than `what`.
 
     Raises ValueError for a contig that the genome does not have.
     """
-    known, found, renamed = set(known), {}, {}
-    for name in dict.fromkeys(names):
-        bare = name.removeprefix("chr")
-        others = [bare, f"chr{bare}"] + (["MT", "chrM"] if bare in ("M", "MT") else [])
-        match = name if name in known else next((o for o in others if o in known), None)
+    names, known, found, renamed = dict.fromkeys(names), set(known), {}, {}
+    by_accession: dict[str, list[str]] = {}
+    for name in () if known.issuperset(names) else known:
+        by_accession.setdefault(_accession(name), []).append(name)
+    for name in names:
+        match = _match(name, known, by_accession)
         if match is None:
-            raise ValueError(f"{where or what}: {unknown_contig(name, known)}")
+            raise ValueError(f"{(where or {}).get(name, what)}: {unknown_contig(name, known)}")
         found[name] = match
         if match != name:
             renamed[name] = match
     if renamed:
         pairs = ", ".join(f"{name} for {match}" for name, match in list(renamed.items())[:3])
+        pairs += f" and {len(renamed) - 3} more" if len(renamed) > 3 else ""
         warnings.warn(f"{what} names contigs otherwise than the genome: took {pairs}", stacklevel=2)
     return found
+
+
+def _match(name: str, known: set[str], by_accession: Mapping[str, list[str]]) -> str | None:
+    """The genome's name of a contig; None: it has none, or an accession in several versions."""
+    if name in known:
+        return name
+    bare = name.removeprefix("chr")
+    others = [bare, f"chr{bare}"] + (["MT", "chrM"] if bare in ("M", "MT") else [])
+    accession = _accession(name)
+    versions = [accession] if accession != name else by_accession.get(name, [])
+    if len(versions) == 1:  # of two versions, one is another sequence
+        others += versions
+    return next((other for other in others if other in known), None)
+
+
+def _accession(name: str) -> str:
+    """A name without the version that follows an accession, such as the .1 of NC_000117.1."""
+    match = re.fullmatch(r"([A-Z]+_?[A-Z]*\d+)\.\d+", name)
+    return match[1] if match else name
 
 
 def check_bounds(features: Iterable[Feature], lengths: Mapping[str, int]) -> None:

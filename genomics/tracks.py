@@ -53,7 +53,7 @@ def read_track(
     names = {}
     for where, name, first, last, value in _spans(path):
         if name not in names:
-            names |= reconcile_contigs([name], lengths, fspath(path), where)
+            names |= reconcile_contigs([name], lengths, fspath(path), {name: where})
         if last > lengths[names[name]]:
             raise UnreadableInput(
                 f"{where}: {place(name, first, last)} runs beyond the end of {names[name]}, which "

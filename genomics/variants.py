@@ -88,7 +88,7 @@ class VariantFile:
         name, ref = fields[0], fields[3].upper()
         if name not in self._names:
             try:
-                self._names |= reconcile_contigs([name], self.genome, self.path, where)
+                self._names |= reconcile_contigs([name], self.genome, self.path, {name: where})
             except ValueError as error:
                 raise UnreadableInput(str(error)) from error
         contig, position = self._names[name], number(fields[1], int, "POS", where)

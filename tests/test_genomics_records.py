@@ -378,10 +378,17 @@ def test_a_wrong_annotation_is_named_by_line(tmp_path, genome, name, text, words
 
 
 def test_a_genbank_without_features_is_refused(tmp_path):
-    record = SeqRecord(Seq("ACGT"), id="a", name="a", annotations={"molecule_type": "DNA"})
-    SeqIO.write(record, tmp_path / "a.gbk", "genbank")
-    with pytest.raises(UnreadableInput, match=r"a\.gbk: record a has no features besides"):
+    records = [
+        SeqRecord(Seq("ACGT"), id=name, name=name, annotations={"molecule_type": "DNA"})
+        for name in "abc"
+    ]
+    SeqIO.write(records, tmp_path / "a.gbk", "genbank")
+    with pytest.raises(UnreadableInput, match=r"a\.gbk: no record has features besides"):
         list(read_genbank(tmp_path / "a.gbk"))
+    records[1].features = [SeqFeature(SimpleLocation(0, 3), type="CDS")]
+    SeqIO.write(records, tmp_path / "a.gbk", "genbank")  # a draft, with contigs of no gene
+    assert [len(found) for _, found in read_genbank(tmp_path / "a.gbk")] == [0, 1, 0]
+    assert dict(genbank_genome(tmp_path / "a.gbk")) == {"a": 4, "b": 4, "c": 4}
 
 
 def test_contigs_are_reconciled_only_with_a_warning(tmp_path, genome):
@@ -389,6 +396,19 @@ def test_contigs_are_reconciled_only_with_a_warning(tmp_path, genome):
     with pytest.warns(UserWarning, match="took chrtwo for two"):
         (feature,) = read_features(path, genome)
     assert feature.contig == "two"
+
+
+def test_accessions_are_reconciled_whatever_their_version(tmp_path):
+    with pytest.warns(UserWarning, match=r"took NC_1 for NC_1\.1$"):
+        (feature,) = read_features(genbank(tmp_path, "1..9", name="NC_1"), {"NC_1.1": 60})
+    assert feature.contig == "NC_1.1"
+    bed = write(tmp_path / "a.bed", "".join(f"NC_{i}.1\t0\t5\n" for i in range(5)))
+    with pytest.warns(UserWarning, match="NC_2 and 2 more$") as warned:
+        read_features(bed, {f"NC_{i}": 60 for i in range(5)})
+    assert len(warned) == 1
+    for name, genome in (("NC_1", ["NC_1.1", "NC_1.2"]), ("NC_1.1", ["NC_1.2"]), ("s1.1", ["s1"])):
+        with pytest.raises(ValueError, match=rf"a\.bed:1: the genome has no contig '{name}'"):
+            read_features(write(bed, f"{name}\t0\t5\n"), dict.fromkeys(genome, 60))
 
 
 VCF = "##fileformat=VCFv4.2\n#CHROM\tPOS\tID\tREF\tALT\tQUAL\tFILTER\tINFO\n"
