@@ -10,6 +10,7 @@ import csv
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -26,7 +27,7 @@ from torch.utils.data import Dataset
 from mamba2_apps.data import DataModule, Sample, UnreadableInput, check_unique
 from mamba2_apps.files import write_json
 from mamba2_apps.genomics.preprocessing import DNAPreprocessing, check_tokens
-from mamba2_apps.genomics.sequences import check_sequence
+from mamba2_apps.genomics.sequences import check_sequence, reverse_complement
 from mamba2_apps.genomics.splits import (
     PARTS,
     assign_groups,
@@ -35,7 +36,12 @@ from mamba2_apps.genomics.splits import (
     similar_groups,
 )
 from mamba2_apps.genomics.text_files import read_lines
-from mamba2_apps.genomics.tokenizers import TokenizerOptions, resolved_options
+from mamba2_apps.genomics.tokenizers import (
+    Tokenizer,
+    TokenizerOptions,
+    build_tokenizer,
+    resolved_options,
+)
 
 
 class Labelled(NamedTuple):
@@ -74,14 +80,19 @@ class SplitConfig:
 
 
 class EncodedSequences(Dataset[Sample]):
-    """Token ids and targets of labelled sequences, in memory."""
+    """Labelled sequences with their token ids, in memory."""
 
     def __init__(self, sequences: Sequence[str], targets: np.ndarray, encode: Any) -> None:
+        self.sequences = list(sequences)
         self.ids = [encode(sequence) for sequence in sequences]
         self.targets = torch.from_numpy(targets)
 
     def __getitem__(self, index: int) -> Sample:
-        return {"inputs": self.ids[index], "targets": self.targets[index]}
+        return {
+            "sequence": self.sequences[index],  # of which the other strand is made
+            "inputs": self.ids[index],
+            "targets": self.targets[index],
+        }
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -123,12 +134,14 @@ class LabelledSequences(DataModule):
             raise ValueError(f"data.mutation is {mutation}, which needs base tokens")
         self.reverse_complement, self.mutation = reverse_complement, mutation
         self.split = split or SplitConfig()
-        if reverse_complement:
-            _ = self.preprocessing.tokens.complement  # raises for tokens without one
 
     @abstractmethod
     def read(self) -> Labelled:
         """Read the sequences, and set `labels`."""
+
+    @cached_property
+    def tokens(self) -> Tokenizer:
+        return build_tokenizer(self.tokenizer)
 
     @property
     def preprocessing(self) -> DNAPreprocessing:
@@ -140,7 +153,7 @@ class LabelledSequences(DataModule):
     def setup(self, stage: str) -> None:
         data = self.read()
         indices = self.split_parts(data)
-        encode = self.preprocessing.tokens.encode
+        encode = self.tokens.encode
         self.parts = {
             name: ([data.sequences[i] for i in part], data.targets[part])
             for name, part in zip(PARTS, indices, strict=True)
@@ -179,9 +192,9 @@ class LabelledSequences(DataModule):
 
     def augment(self, sample: Sample) -> Sample:
         ids = sample["inputs"]
-        tokens = self.preprocessing.tokens
         if self.reverse_complement and torch.rand(()) < self.reverse_complement:
-            ids = tokens.reverse_complement(ids)
+            # The text is turned and not the tokens: byte pairs are others on the other strand.
+            ids = self.tokens.encode(reverse_complement(sample["sequence"]))
         if self.mutation:
             drawn = torch.randint(0, 4, ids.shape)
             ids = torch.where(torch.rand(ids.shape) < self.mutation, drawn, ids)

@@ -3,6 +3,7 @@
 Dimensions: seqlen l (bases)
 """
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,14 @@ from mamba2_apps.genomics.regions import (
     whole,
     without,
 )
+from mamba2_apps.genomics.sequences import reverse_complement
 from mamba2_apps.genomics.splits import PARTS, region_leakage
-from mamba2_apps.genomics.tokenizers import Tokenizer, TokenizerOptions, resolved_options
+from mamba2_apps.genomics.tokenizers import (
+    Tokenizer,
+    TokenizerOptions,
+    build_tokenizer,
+    resolved_options,
+)
 from mamba2_apps.shards import find_files
 
 
@@ -59,13 +66,22 @@ class GenomeWindows(Dataset[Sample]):
         window = self.windows[index]
         window = shifted(window, self.shift, *window.known)
         sequence = self.genome.fetch(window.contig, window.start, window.end)
-        ids = self.tokenizer.encode(sequence)
-        weights = torch.where(self.tokenizer.soft_mask(sequence), self.soft_mask_weight, 1.0)
-        unknown = torch.tensor(["N" in word for word in [*self.tokenizer.vocabulary, ""]])
-        return {"inputs": ids, "weights": weights.masked_fill(unknown[ids], 0.0)}
+        return weighted_tokens(sequence, self.tokenizer, self.soft_mask_weight)
 
     def __len__(self) -> int:
         return len(self.windows)
+
+
+def weighted_tokens(sequence: str, tokenizer: Tokenizer, soft_mask_weight: float) -> Sample:
+    """A sequence with its token ids (l,) and their weights (l,): less in lower case, 0 for N."""
+    ids = tokenizer.encode(sequence)
+    weights = torch.where(tokenizer.soft_mask(sequence), soft_mask_weight, 1.0)
+    unknown = torch.tensor(["N" in word for word in [*tokenizer.vocabulary, ""]])
+    return {
+        "sequence": sequence,  # of which the other strand is made
+        "inputs": ids,
+        "weights": weights.masked_fill(unknown[ids], 0.0),
+    }
 
 
 class GenomeText(DataModule):
@@ -132,8 +148,10 @@ class GenomeText(DataModule):
         self.test_regions, self.val_regions = test_regions or [], val_regions or []
         self.exclude, self.exclude_margin = exclude, exclude_margin
         self.labels = []
-        if reverse_complement:
-            _ = self.preprocessing.tokens.complement  # raises for tokens without one
+
+    @cached_property
+    def tokens(self) -> Tokenizer:
+        return build_tokenizer(self.tokenizer)
 
     @property
     def preprocessing(self) -> DNAPreprocessing:
@@ -145,20 +163,20 @@ class GenomeText(DataModule):
     def setup(self, stage: str) -> None:
         genome = GenomeSet([open_sequences(file) for file in self._files()])
         self.regions = self._regions_of_parts(dict(genome))
-        tokens = self.preprocessing.tokens
         sets = []
         for part in PARTS:
             windows = Windows(self.regions[part], self.window, genome)
             if not windows:
                 raise ValueError(f"the genomes leave no bases for {part}")
             shift = self.shift if part == "train" else 0
-            sets.append(GenomeWindows(genome, windows, tokens, self.soft_mask_weight, shift))
+            sets.append(GenomeWindows(genome, windows, self.tokens, self.soft_mask_weight, shift))
         self.train_set, self.val_set, self.test_set = sets
 
     def augment(self, sample: Sample) -> Sample:
         if self.reverse_complement and torch.rand(()) < self.reverse_complement:
-            ids = self.preprocessing.tokens.reverse_complement(sample["inputs"])
-            sample = {"inputs": ids, "weights": sample["weights"].flip(0)}
+            # The text is turned and not the tokens: byte pairs are others on the other strand.
+            other = reverse_complement(sample["sequence"])
+            return weighted_tokens(other, self.tokens, self.soft_mask_weight)
         return sample
 
     def report(self, task: Any, folder: Path) -> None:

@@ -33,7 +33,7 @@ from mamba2_apps.genomics.splits import (
     sequence_leakage,
     similar_groups,
 )
-from mamba2_apps.genomics.tokenizers import BaseTokenizer, BytePairTokenizer
+from mamba2_apps.genomics.tokenizers import BaseTokenizer, BytePairTokenizer, build_tokenizer
 
 RNG = np.random.default_rng(0)
 TARGETS = ["donor", "acceptor", "codon", "intron", "start", "stop"]
@@ -217,6 +217,36 @@ def test_a_table_of_classes_labels_and_values(tmp_path):
         path.write_text("sequence\tx\ty\tclass\n" + "\n".join(rows) + f"\n{row}\n")
         with pytest.raises(UnreadableInput, match=rf"t\.tsv:62: {words}"):
             SequenceTable(str(path), targets=["class"]).setup("fit")
+
+
+@pytest.mark.parametrize("kind", ["bpe", "kmer", "base"])
+def test_the_other_strand_is_made_before_tokens_are_cut(annotated, kind):
+    tokenizer = {
+        "bpe": BytePairTokenizer.train([dna(500) for _ in range(4)], 40).to_dict(),
+        "kmer": {"kind": "kmer", "k": 3, "overlapping": False},
+        "base": {"kind": "base"},
+    }[kind]
+    tokens = build_tokenizer(tokenizer)
+    table = annotated / "t.csv"
+    rows = [f"{dna(31)}NAc,{'ab'[i % 2]},{PARTS[i % 3]}" for i in range(12)]
+    table.write_text("\n".join(["sequence,class,part", *rows]))
+    path = annotated / "soft.fa"
+    path.write_text(f">c\n{dna(999)}{dna(1000).lower()}NN{dna(1999)}\n")
+    options = {"tokenizer": tokenizer, "reverse_complement": 1.0}
+    text = GenomeText(paths=[str(path)], window=500, soft_mask_weight=0.1, **options)
+    for data in (SequenceTable(str(table), targets=["class"], part="part", **options), text):
+        data.setup("fit")
+        samples = list(data.train_set)
+        for sample in samples:
+            turned = data.augment(sample)
+            other = reverse_complement(sample["sequence"])
+            assert torch.equal(turned["inputs"], tokens.encode(other))
+            if "weights" in sample:
+                expected = torch.where(tokens.soft_mask(other), 0.1, 1.0)
+                known = turned["weights"] > 0
+                assert torch.equal(turned["weights"][known], expected[known])
+                assert not known.all() or "N" not in other
+        data.preprocessing.collate(samples)
 
 
 def test_data_and_adapter_read_the_same_tokens(tmp_path):
