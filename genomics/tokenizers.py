@@ -15,6 +15,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import tokenizers
+import tokenizers.models
+import tokenizers.trainers
 import torch
 from jsonargparse.typing import register_type
 from torch import Tensor
@@ -208,7 +211,6 @@ class BytePairTokenizer(Tokenizer):
     @classmethod
     def train(cls, sequences: Iterable[str], size: int) -> "BytePairTokenizer":
         """Learn `size` ids, `mask_id` and the IUPAC letters included, from sequences."""
-        tokenizers = _tokenizers()
         if size <= len(IUPAC) + 1:
             raise ValueError(f"size is {size}, expected more than the {len(IUPAC) + 1} of one base")
         model = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -222,7 +224,7 @@ class BytePairTokenizer(Tokenizer):
     def __post_init__(self) -> None:
         text = self.model if isinstance(self.model, str) else json.dumps(self.model)
         try:
-            model = _tokenizers().Tokenizer.from_str(text)
+            model = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises no narrower class
             raise ValueError(f"model is no JSON of the tokenizers library: {error}") from error
         object.__setattr__(self, "_model", model)
@@ -342,15 +344,3 @@ def _complement_of(tokenizer: Tokenizer) -> Tensor:
     index = {word: i for i, word in enumerate(words)}
     other = [index[reverse_complement(word)] for word in words]
     return torch.tensor([*other, tokenizer.mask_id])
-
-
-def _tokenizers() -> Any:
-    try:
-        import tokenizers
-        import tokenizers.models
-        import tokenizers.trainers
-    except ImportError as error:
-        raise ValueError(
-            "byte-pair tokens need the tokenizers library: pip install 'mamba2-apps[genomics]'"
-        ) from error
-    return tokenizers
