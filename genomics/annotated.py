@@ -47,7 +47,7 @@ from mamba2_apps.genomics.regions import (
     whole,
     without,
 )
-from mamba2_apps.genomics.splits import PARTS, region_leakage
+from mamba2_apps.genomics.splits import PARTS, region_copies, region_leakage
 
 Target = Literal["cds", "codon", "intron", "donor", "acceptor", "start", "stop"]
 CODON = ("codon1", "codon2", "codon3")
@@ -288,7 +288,14 @@ class AnnotatedGenome(DataModule):
         return sample
 
     def report(self, task: Any, folder: Path) -> None:
-        write_json(folder / "leakage.json", region_leakage(self.regions, self.window))
+        write_json(folder / "leakage.json", self.leakage())
+
+    def leakage(self) -> dict[str, Any]:
+        """How many held-out regions lie beside one of training, or are copies of one."""
+        report = region_leakage(self.regions, self.window)
+        for key, found in region_copies(self.regions, self.genome, self.window).items():
+            report[key] = report.get(key, {}) | found
+        return report
 
     def _turned(self, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """The other strand of a window, whose labels trade places by halves."""

@@ -6,7 +6,8 @@ would otherwise be tested on what it has seen. Similarity is the share of k-mers
 one length, the number of mismatches, counted exactly.
 """
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,9 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from sklearn.model_selection import StratifiedGroupKFold
 
+from mamba2_apps.genomics.fasta import Genome
 from mamba2_apps.genomics.intervals import Feature
+from mamba2_apps.genomics.regions import Windows
 from mamba2_apps.genomics.sequences import reverse_complement
 
 PERMUTATIONS, ROWS = 96, 3
@@ -187,6 +190,43 @@ def region_leakage(parts: Mapping[str, Sequence[Feature]], reach: int) -> dict[s
     return report
 
 
+def region_copies(
+    parts: Mapping[str, Sequence[Feature]],
+    genome: Genome,
+    size: int,
+    *,
+    k: int = 20,
+    share: float = 0.5,
+) -> dict[str, Any]:
+    """How many windows of val and test are near copies of something in train, on either strand.
+
+    Regions that lie apart may be alike: genes and contigs come twice. A copy has `share` of its
+    words in regions of train, wherever those begin; of the words, one in 16 is compared, by its
+    hash, and none with another letter than A, C, G and T.
+
+    Args:
+        parts: labelled regions of "train", "val" and "test".
+        genome: their sequences.
+        size: bases of a window.
+        k: length of the words. Half of 20 letters' words stay where 1 letter of 30 differs.
+        share: part of a window's words that makes it a copy.
+    """
+
+    def words_of(part: str) -> Iterator[np.ndarray]:
+        for window in Windows(parts[part], size, genome):
+            yield _sampled_words(genome.fetch(window.contig, window.start, window.end), k)
+
+    seen = np.unique(np.concatenate([np.empty(0, np.uint64), *words_of("train")]))
+    report: dict[str, Any] = {"copy": {"kmer": k, "share": share}}
+    for name in PARTS[1:]:
+        windows = [words for words in words_of(name) if len(words)]
+        known = np.isin(np.concatenate([np.empty(0, np.uint64), *windows]), seen)
+        ends = np.cumsum([len(words) for words in windows])
+        copies = sum(found.mean() >= share for found in np.split(known, ends)[: len(windows)])
+        report[name] = {"windows_compared": len(windows), "copies_of_train": int(copies)}
+    return report
+
+
 def _canonical(sequences: Sequence[str]) -> list[str]:
     upper = [sequence.upper() for sequence in sequences]
     return [min(sequence, reverse_complement(sequence)) for sequence in upper]
@@ -209,6 +249,14 @@ def _canonical_words(sequence: str, k: int) -> np.ndarray:
     powers = np.uint64(5) ** np.arange(k, dtype=np.uint64)
     other = np.where(words < 4, 3 - words, 4)
     return np.minimum(words @ powers[::-1], other @ powers)
+
+
+def _sampled_words(sequence: str, k: int) -> np.ndarray:
+    """One in 16 of the different words (m,) uint64, hashed, of a sequence on both strands."""
+    runs = re.findall(f"[ACGT]{{{k},}}", sequence.upper())
+    words = [_mixed(_canonical_words(run, k)) for run in runs]
+    hashes = np.concatenate([np.empty(0, np.uint64), *words])
+    return np.unique(hashes[hashes % np.uint64(16) == 0])
 
 
 def _mixed(words: np.ndarray) -> np.ndarray:

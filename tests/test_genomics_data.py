@@ -551,6 +551,33 @@ def test_coverage_is_binned_where_it_was_measured(tmp_path):
     assert [r.end - r.start for r in data.regions["test"]] == [200]
 
 
+@pytest.mark.parametrize("known", ["all", "genes"])
+def test_copies_of_training_regions_are_counted(tmp_path, known):
+    once, twice = dna(3000), dna(4000)
+    near = reverse_complement("AC" + mutated(twice, range(50, 4000, 100)))  # cut elsewhere
+    contigs = {"a": once, "b": twice + "N" * 2000, "c": near, "d": dna(3000) + "N" * 2000}
+    fasta = "".join(f">{name}\n{text}\n" for name, text in contigs.items())
+    (tmp_path / "g.fa").write_text(fasta)
+    genes = "".join(f"{name}\t0\t{len(t)}\t{name}\t0\t+\n" for name, t in contigs.items())
+    (tmp_path / "g.bed").write_text(genes)
+    data = AnnotatedGenome(
+        genome=str(tmp_path / "g.fa"),
+        annotation=str(tmp_path / "g.bed"),
+        targets=["cds"],
+        known=known,
+        test_regions=["c"],
+        val_regions=["d"],
+        window=1000,
+    )
+    data.setup("fit")
+    report = data.leakage()
+    assert report["test"]["overlapping_train"] == 0
+    assert report["test"]["copies_of_train"] == report["test"]["windows_compared"] == 5
+    assert report["val"]["copies_of_train"] == 0  # N is no copy of N
+    assert report["val"]["windows_compared"] >= 3
+    assert json.dumps(report)
+
+
 def test_regions_that_overlap_are_of_one_part(annotated):
     (annotated / "t.bedgraph").write_text("c\t0\t5000\t1\n")
     genome = str(annotated / "g.fa")
