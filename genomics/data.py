@@ -191,10 +191,11 @@ class LabelledSequences(DataModule):
         return targets if targets.ndim == 1 else super().class_of_samples()
 
     def augment(self, sample: Sample) -> Sample:
-        ids = sample["inputs"]
+        sample = dict(sample)
+        ids, sequence = sample["inputs"], sample.pop("sequence")
         if self.reverse_complement and torch.rand(()) < self.reverse_complement:
             # The text is turned and not the tokens: byte pairs are others on the other strand.
-            ids = self.tokens.encode(reverse_complement(sample["sequence"]))
+            ids = self.tokens.encode(reverse_complement(sequence))
         if self.mutation:
             drawn = torch.randint(0, 4, ids.shape)
             ids = torch.where(torch.rand(ids.shape) < self.mutation, drawn, ids)

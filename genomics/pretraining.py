@@ -176,8 +176,8 @@ class GenomeText(DataModule):
         if self.reverse_complement and torch.rand(()) < self.reverse_complement:
             # The text is turned and not the tokens: byte pairs are others on the other strand.
             other = reverse_complement(sample["sequence"])
-            return weighted_tokens(other, self.tokens, self.soft_mask_weight)
-        return sample
+            sample = weighted_tokens(other, self.tokens, self.soft_mask_weight)
+        return {name: value for name, value in sample.items() if name != "sequence"}
 
     def report(self, task: Any, folder: Path) -> None:
         write_json(folder / "leakage.json", region_leakage(self.regions, 0))

@@ -163,6 +163,8 @@ class Scores(nn.Module):
         """Scalars by name, such as "val/accuracy"."""
         loss = self.loss.compute() / self.weight.compute()
         values = {"loss": loss, **self.metrics.compute()}
+        # Some of torchmetrics' are integers where nothing is defined, which no log takes.
+        values = {name: v if v.is_floating_point() else v.float() for name, v in values.items()}
         return {f"{self.part}/{name}": v for name, v in values.items() if v.dim() == 0}
 
 
