@@ -284,6 +284,9 @@ class AudioData(DataModule):
             waves["fit"], classes["fit"], waves["test"], classes["test"], self.sample_rate
         )
 
+    def findings(self) -> dict[str, Any] | None:
+        return None if self.data_report is None else self.data_report.to_dict()
+
     def report(self, task: Any, folder: Path) -> None:
         reports.draw(task, self, folder)
 

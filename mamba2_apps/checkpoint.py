@@ -128,11 +128,12 @@ class HubUpload:
 def cast_weights(module: nn.Module, dtype: torch.dtype | None) -> None:
     """Give weights another dtype; None: none. A_log, D and dt_bias are only ever widened: a decay
     over thousands of tokens is no longer the trained one when its rate has lost its digits."""
+    if dtype is None:
+        return
     for name, parameter in module.named_parameters():
-        if dtype is not None:
-            exact = name.rpartition(".")[2] in ("A_log", "D", "dt_bias")
-            to = torch.promote_types(parameter.dtype, dtype) if exact else dtype
-            parameter.data = parameter.data.to(to)
+        exact = name.rpartition(".")[2] in ("A_log", "D", "dt_bias")
+        to = torch.promote_types(parameter.dtype, dtype) if exact else dtype
+        parameter.data = parameter.data.to(to)
 
 
 def write_folder(

@@ -250,6 +250,10 @@ class DataModule(LightningDataModule, ABC):
         Weights that training starts from, and those of a checkpoint, are loaded afterwards.
         """
 
+    def findings(self) -> dict[str, Any] | None:
+        """What `setup` found in the data, as JSON values for a RUN's data.json; None: no file."""
+        return None
+
     def report(self, task: Any, folder: Path) -> None:
         """Draw what people of this domain look at after the last test into a RUN."""
 

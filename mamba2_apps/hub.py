@@ -26,14 +26,13 @@ def model_card(model: Any, *, license: str | None = None, datasets: Sequence[str
     data = ModelCardData(
         library_name="mamba2_apps", tags=_TAGS, license=license, datasets=list(datasets) or None
     )
-    kind = type(model).__name__
-    config = model.config if kind == "Backbone" else model.backbone.config
+    kind, config = type(model).__name__, getattr(model, "backbone", model).config
     parameters = sum(p.numel() for p in model.parameters())
     direction = "bidirectional" if config.bidirectional else "causal"
     noun, call = (
-        ("backbone", "hidden = model(embeddings)  # (batch, seqlen, d_model)")
-        if kind == "Backbone"
-        else ("language model", "logits = model(ids)  # (batch, seqlen, vocabulary)")
+        ("language model", "logits = model(ids)  # (batch, seqlen, vocabulary)")
+        if hasattr(model, "backbone")
+        else ("backbone", "hidden = model(embeddings)  # (batch, seqlen, d_model)")
     )
     text = (
         f"# A {direction} Mamba-2 {noun}\n\n"

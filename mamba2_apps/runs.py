@@ -4,7 +4,7 @@ config.yaml         the recipe with every value resolved
 model.safetensors   weights of the best epoch (their moving average where the recipe keeps one)
 labels.json         names of the outputs
 preprocessing.json  what was done to the inputs
-data.json           what was found in the data, where the domain looks; before training for audio
+data.json           what was found in the data, where the domain looks
 metrics.json        test and validation metrics, beside baselines; null: undefined on the data
 metrics.csv         one row per epoch
 README.md           a model card
@@ -159,8 +159,8 @@ def _train(recipe: Recipe, run: Path) -> dict[str, Any]:
     _check_monitor(recipe.trainer.monitor, task)
     if not _rank():
         _write_what_prediction_needs(data, run)
-        if (found := getattr(data, "data_report", None)) is not None:
-            write_json(run / DATA, found.to_dict())
+        if (found := data.findings()) is not None:
+            write_json(run / DATA, found)
         print(_plan(recipe), file=sys.stderr)
     recorder = _fit(recipe, task, run)
     if torch.distributed.is_initialized():

@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from mamba2_apps.data import DataModule, Preprocessing, Sample, UnreadableInput, files_under
-from mamba2_apps.files import write_json
 from mamba2_apps.tasks import Classification
 from mamba2_apps.vision import reports
 
@@ -418,11 +417,10 @@ class PhotoData(ImageData):
         self._check_seen(self.val_set)  # type: ignore[arg-type]
         self._check_seen(self.test_set)  # type: ignore[arg-type]
 
-    def report(self, task: Any, folder: Path) -> None:
+    def findings(self) -> dict[str, Any]:
         sets = {"train": self.train_set, "val": self.val_set, "test": self.test_set}
         images = {part: len(found) for part, found in sets.items()}  # type: ignore[arg-type]
-        write_json(folder / "data.json", {"images": images, "left_out": self.left_out})
-        super().report(task, folder)
+        return {"images": images, "left_out": self.left_out}
 
     @abstractmethod
     def find_images(self) -> None:

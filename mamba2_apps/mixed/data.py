@@ -73,6 +73,10 @@ class Mixed(DataModule):
             part.seed = self.seed
             part.setup(stage)
 
+    def findings(self) -> dict[str, Any] | None:
+        found = {name: part.findings() for name, part in self.parts.items()}
+        return {name: told for name, told in found.items() if told is not None} or None
+
     def prepare_model(self, model: Any) -> None:
         for name, part in self.parts.items():
             part.prepare_model(model.parts[name])
