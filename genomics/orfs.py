@@ -67,8 +67,8 @@ def decode_orfs(
     contig: str = "",
     offset: int = 0,
     *,
-    bias: float = 1.0,
-    threshold: float = 400.0,
+    bias: float = 2.5,
+    threshold: float = 500.0,
 ) -> list[Feature]:
     """Reading frames whose bases a model calls coding in that very frame.
 
