@@ -553,6 +553,24 @@ def test_null_on_the_command_line_is_no_policy():
     assert "auto_augment: rand" in text
 
 
+def test_predict_draws_what_an_answer_hangs_on(trained, tmp_path, capsys):
+    folder, run, _ = trained
+    photo, output = str(folder / "dark" / "0.png"), tmp_path / "map.png"
+    words = ["predict", str(run), "--device=cpu", f"--output={output}"]
+    pictures = []
+    for chosen in ([], *([f"--label={name}"] for name in CLASSES)):
+        assert cli.main([*words, photo, *chosen]) == 0
+        pictures.append(np.asarray(Image.open(output)))
+    answer = mamba2_apps.load(run, "cpu").predict([photo])[0]["label"]
+    same = [np.array_equal(pictures[0], other) for other in pictures[1:]]
+    assert same == [name == answer for name in CLASSES]
+    capsys.readouterr()
+    assert cli.main([*words, photo, "--label=green"]) == 2
+    assert "--label is 'green', expected one of dark, grey, light" in capsys.readouterr().err
+    assert cli.main([*words, str(folder)]) == 2
+    assert "a picture shows 12 at most" in capsys.readouterr().err
+
+
 def test_predict_keeps_the_likeliest_labels(trained, capsys):
     folder, run, _ = trained
     words = ["predict", str(run), str(folder / "dark" / "0.png"), "--device=cpu", "--top-k=2"]

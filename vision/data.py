@@ -7,7 +7,7 @@ import glob
 import re
 import sys
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -115,6 +115,7 @@ def _cause(item: Any, error: Exception) -> str:
 class Pictures(Preprocessing):
     """What both ways to fit an image into a tensor share. See the two subclasses."""
 
+    suffixes: ClassVar[tuple[str, ...]] = (".png",)
     channels: int
     mean: Sequence[float]
     std: Sequence[float]
@@ -132,6 +133,14 @@ class Pictures(Preprocessing):
     @abstractmethod
     def size(self) -> tuple[int, int]:
         """Height and width of the tensors."""
+
+    def answerer(
+        self, sources: Sequence[str], *, output: Path | None, stream: bool
+    ) -> Callable[..., Iterator[dict[str, Any]]] | None:
+        """A map of what answers hang on, where a picture is asked for."""
+        if output is not None and output.suffix.lower() == ".png" and not stream:
+            return reports.answerer(self, sources, output)
+        return super().answerer(sources, output=output, stream=stream)
 
     def convert(self, item: Any, name: str | None = None) -> Image.Image:
         """An image of `channels` channels. Raises UnreadableInput, also for one too small."""

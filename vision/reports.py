@@ -1,11 +1,11 @@
-"""Pictures of a test for people: the most confident mistakes, and where a model looked.
+"""Pictures for people: a test's most confident mistakes, and what answers hang on.
 
 Dimensions: batch b · channels c · height H · width W · classes k
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,8 +15,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from mamba2_apps.files import replacing
+from mamba2_apps.tasks import Classification, MultiLabel, Task
+
+if TYPE_CHECKING:
+    from mamba2_apps.vision.data import Pictures
 
 MISTAKES = 24
+MOST_PHOTOS = 12
+"""A picture of more would show nothing."""
 
 
 def pictures_of_a_test(task: Any, test_set: Dataset[Any], preprocessing: Any, folder: Path) -> None:
@@ -43,7 +49,41 @@ def pictures_of_a_test(task: Any, test_set: Dataset[Any], preprocessing: Any, fo
     # The surest answer for each of a few classes, and the surest mistake: what spoke for it.
     right = [(targets == k) & (guesses == k) for k in targets.unique()]
     shown = [int((confidence * hits).argmax()) for hits in right if hits.any()][:5]
-    saliency_picture(task, test_set, preprocessing, [*shown, *worst[:1]], folder)
+    images = torch.stack([test_set[i]["inputs"] for i in [*shown, *worst[:1]]])
+    maps, answers = saliency(task.model, images)
+    titles = [task.labels[k] for k in answers]
+    draw_saliency(preprocessing.pixels(images).numpy(), maps, titles, folder / "saliency.png")
+
+
+def answerer(
+    preprocessing: "Pictures", sources: Sequence[str], output: Path
+) -> Callable[..., Iterator[dict[str, Any]]]:
+    """What `mamba2-apps predict RUN PHOTO --output MAP.png` does."""
+
+    def answer(task: Task, *, label: str | None = None) -> Iterator[dict[str, Any]]:
+        """Draw photos beside what the answers to them hang on.
+
+        Args:
+            task: a RUN's task.
+            label: what would speak for this one; each photo's likeliest where it is not given.
+        """
+        if not isinstance(task, Classification | MultiLabel):
+            raise ValueError(f"a RUN of {type(task).__name__} has no labels to draw a map for")
+        if label is not None and label not in task.labels:
+            raise ValueError(f"--label is {label!r}, expected one of {', '.join(task.labels)}")
+        items = [item for source in sources for item in preprocessing.find(source)]
+        if len(items) > MOST_PHOTOS:
+            raise ValueError(f"{len(items)} photos; a picture shows {MOST_PHOTOS} at most")
+        images = torch.stack([preprocessing(item) for item in items])
+        chosen = None if label is None else task.labels.index(label)
+        maps, answers = saliency(task.model, images, chosen)
+        titles = [
+            f"{Path(item).name}\n{task.labels[k]}" for item, k in zip(items, answers, strict=True)
+        ]
+        draw_saliency(preprocessing.pixels(images).numpy(), maps, titles, output)
+        yield from ()
+
+    return answer
 
 
 def contact_sheet(
@@ -62,35 +102,36 @@ def contact_sheet(
     _save(figure, folder / "mistakes.png")
 
 
-def saliency_picture(
-    task: Any, test_set: Dataset[Any], preprocessing: Any, indices: Sequence[int], folder: Path
-) -> None:
-    """Draw test images beside what their answers hang on into saliency.png."""
-    inputs = torch.stack([test_set[i]["inputs"] for i in indices])
-    maps, answers = saliency(task.model, inputs)
-    figure = Figure(figsize=(1.7 * len(indices), 3.9), layout="constrained")
-    axes = figure.subplots(2, len(indices), squeeze=False)
-    for column, (image, shade) in enumerate(zip(inputs, maps, strict=True)):
-        _show(axes[0, column], preprocessing.pixels(image).numpy())
-        axes[0, column].set_title(task.labels[answers[column]], fontsize=8)
-        axes[1, column].imshow(shade.numpy(), cmap="magma")
+def draw_saliency(pixels: np.ndarray, maps: Tensor, titles: Sequence[str], path: Path) -> None:
+    """Draw images (b, H, W, c) from 0 to 1 above their maps (b, H, W)."""
+    figure = Figure(figsize=(max(1.7 * len(pixels), 2.6), 4.1), layout="constrained")
+    axes = figure.subplots(2, len(pixels), squeeze=False)
+    for column, (image, shade, title) in enumerate(zip(pixels, maps, titles, strict=True)):
+        _show(axes[0, column], image)
+        axes[0, column].set_title(title, fontsize=8)
+        axes[1, column].imshow(shade.numpy(), cmap="magma", vmin=0, vmax=1)
         for axis in axes[:, column]:
             axis.set_axis_off()
     figure.suptitle("What each answer hangs on", fontsize=10)
-    _save(figure, folder / "saliency.png")
+    _save(figure, path)
 
 
 def saliency(
-    model: torch.nn.Module, images: Tensor, samples: int = 16, noise: float = 0.15
+    model: torch.nn.Module,
+    images: Tensor,
+    answer: int | None = None,
+    samples: int = 16,
+    noise: float = 0.15,
 ) -> tuple[Tensor, Tensor]:
     """How much each pixel moves the answer: SmoothGrad (Smilkov et al. 2017, arXiv:1706.03825).
 
-    The gradient of the greatest logit, averaged over noisy copies of an image, as its size over the
-    channels, blurred a little and scaled to at most 1.
+    The gradient of a logit, averaged over noisy copies of an image, as its size over the channels,
+    blurred a little and scaled to at most 1.
 
     Args:
         model: (images, mask) -> logits (b, k), in evaluation mode.
         images: (b, c, H, W), normalised.
+        answer: whose logit; None: the greatest of each image.
         samples: noisy copies.
         noise: their deviation, as a share of the image's range.
 
@@ -103,6 +144,8 @@ def saliency(
     span = (images.amax((1, 2, 3), keepdim=True) - images.amin((1, 2, 3), keepdim=True)) * noise
     with torch.no_grad():
         answers = model(images, None).argmax(-1)
+    if answer is not None:
+        answers = torch.full_like(answers, answer)
     total = torch.zeros_like(images)
     for _ in range(samples):
         with torch.enable_grad():
