@@ -5,6 +5,9 @@ are those of one pass over all of it. A bidirectional model, whose reverse direc
 end, takes overlapping windows and keeps the middle of each; where two windows meet, both have
 answers for the same bases, and their difference is measured and reported: the stitch error.
 
+A head may answer for bins of bases, counted from the start of a region: each base then has its bin's
+answer, and bases behind the last whole bin have none (NaN).
+
 Pieces are kept in a folder beside the output until all are there, so that an interrupted scan goes
 on where it was. Then they become BED, bedGraph or bigWig.
 
@@ -91,8 +94,8 @@ class Scan:
         task: answers for each base; its model is causal or bidirectional.
         genome: the sequences.
         regions: (contig, start, end), 0-based half-open.
-        window: bases computed at once.
-        overlap: bases that a bidirectional model sees on either side of what is kept.
+        window: bases computed at once, made up to whole bins.
+        overlap: bases that a bidirectional model sees on either side of what is kept, likewise.
         encode: sequence to token ids (l,).
 
     Raises ValueError for a task that does not answer for each base.
@@ -116,15 +119,16 @@ class Scan:
             raise ValueError(
                 f"window is {self.window} and overlap {self.overlap}, expected at least 1 and 0"
             )
-        bins = getattr(self.model.head, "bin_size", 1)
-        if bins > 1:
-            raise ValueError(
-                f"the head answers for bins of {bins} bases; a scan needs an answer for each base"
-            )
+        self.window += -self.window % self.bin_size
+        self.overlap += -self.overlap % self.bin_size
 
     @property
     def model(self) -> Any:
         return self.task.model
+
+    @property
+    def bin_size(self) -> int:
+        return getattr(self.model.head, "bin_size", 1)
 
     @property
     def causal(self) -> bool:
@@ -160,6 +164,8 @@ class Scan:
                     self._compare(at, *earlier, left, answers)
                 earlier = left, answers
                 values = answers[at - left : stop - left]
+            unanswered = ((0, stop - at - len(values)), (0, 0))
+            values = np.pad(values, unanswered, constant_values=np.nan)
             yield Piece(contig, at, values), state
 
     def _compare(
@@ -179,7 +185,7 @@ class Scan:
 
     @torch.inference_mode()
     def _next(self, contig: str, start: int, end: int, state: Any) -> tuple[np.ndarray, Any]:
-        """Answers of a causal model, and its state after them."""
+        """Answers (n, k) of a causal model for whole bins, and its state after all bases."""
         if self.model.strands != "single":
             raise ValueError(
                 f"strands is {self.model.strands}; a stream knows nothing of the other strand, "
@@ -189,21 +195,29 @@ class Scan:
         last, before = (None, None) if state is None else state
         embeddings, _ = self.model.adapter(ids)
         hidden, after = self.model.backbone(embeddings, state=before, return_state=True)
-        outputs = self.model.head(hidden)
+        whole = hidden.shape[1] - hidden.shape[1] % self.bin_size
+        outputs = self.model.head(hidden[:, :whole])
         if isinstance(self.task, NextToken):
             previous = outputs[:, :1] * float("nan") if last is None else last
             scores = torch.cat([previous, outputs[:, :-1]], 1).float().log_softmax(-1)
             values = scores.gather(2, ids[..., None])
         else:
             values = self._values(outputs)
-        return values[0].float().cpu().numpy(), (outputs[:, -1:], after)
+        return self._of_bases(values), (outputs[:, -1:], after)
 
     @torch.inference_mode()
     def _window(self, contig: str, start: int, end: int) -> tuple[int, np.ndarray]:
-        """First base, and answers (n, k) from there to `overlap` bases beyond `end`."""
-        left = max(start - self.overlap, 0)
-        ids = self._ids(contig, left, min(end + self.overlap, self.genome[contig]))
-        return left, self._values(self.model(ids))[0].float().cpu().numpy()
+        """First base, and answers (n, k) from there to `overlap` bases beyond `end`, whole bins."""
+        left = max(start - self.overlap, start % self.bin_size)
+        right = min(end + self.overlap, self.genome[contig])
+        right -= (right - left) % self.bin_size
+        if right == left:
+            return left, np.empty((0, len(self.labels)), np.float32)
+        return left, self._of_bases(self._values(self.model(self._ids(contig, left, right))))
+
+    def _of_bases(self, values: Tensor) -> np.ndarray:
+        """Answers (1, n / bin_size, k) as those (n, k) of their bases."""
+        return values[0].float().cpu().numpy().repeat(self.bin_size, axis=0)
 
     def _values(self, outputs: Tensor) -> Tensor:
         """Outputs (b, l, k) as probabilities, or on the scale of the targets."""
@@ -229,8 +243,8 @@ def predict_bases(
         task: answers for each base.
         genome: a Genome, or sequences by name.
         regions: (contig, start, end), 0-based half-open; None: every contig.
-        window: bases computed at once.
-        overlap: bases that a bidirectional model sees on either side of them.
+        window: bases computed at once, made up to whole bins.
+        overlap: bases that a bidirectional model sees on either side of them, likewise.
         encode: sequence to token ids; None: base tokens.
     """
     store = genome if isinstance(genome, Genome) else MemoryGenome(genome, "memory")

@@ -112,6 +112,29 @@ def test_windows_meet_with_a_measured_error(both):
     np.testing.assert_allclose(errors[3][0], 0, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["causal", "bidirectional", "equivariant"])
+def test_bins_of_bases_are_scanned(kind):
+    options = {"strands": kind} if kind == "equivariant" else {"bidirectional": kind != "causal"}
+    task = task_of(TrackRegression, partial(TrackHead, bin_size=8), ["t"], **options)
+    regions = [("one", 0, 1000), ("one", 5, 600), ("two", 330, 333)]
+    genome = {"one": SEQUENCE, "two": GENOME["two"]}
+    answers, stitch = predict_bases(task, genome, regions=regions, window=100, overlap=995)
+    assert (stitch.bases > 0) == (kind != "causal")
+    for (name, start, end), values in answers.items():
+        assert values.shape == (end - start, 1)
+        first = start if kind == "causal" else start % 8
+        last = end if kind == "causal" else len(genome[name])
+        text = genome[name][first : last - (last - first) % 8]
+        if not text:
+            assert np.isnan(values).all()
+            continue
+        bins = task.values(task.model(BaseTokenizer().encode(text)[None]))[0].detach().numpy()
+        expected = bins.repeat(8, axis=0)[start - first : end - first]
+        np.testing.assert_allclose(values[: len(expected)], expected, atol=1e-6)
+        assert np.isnan(values[len(expected) :]).all()
+        assert len(values) - len(expected) < 8
+
+
 def run_answerer(task, sources, output, *, stream=False, **options):
     answer = DNAPreprocessing().answerer(sources, output=output, stream=stream)
     return list(answer(task, **options))
