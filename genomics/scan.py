@@ -5,8 +5,8 @@ are those of one pass over all of it. A bidirectional model, whose reverse direc
 end, takes overlapping windows and keeps the middle of each; where two windows meet, both have
 answers for the same bases, and their difference is measured and reported: the stitch error.
 
-A head may answer for bins of bases, counted from the start of a region: each base then has its bin's
-answer, and bases behind the last whole bin have none (NaN).
+A head may answer for bins of bases, counted from the start of a region: each base then has its
+bin's answer, and bases behind the last whole bin have none (NaN).
 
 Pieces are kept in a folder beside the output until all are there, so that an interrupted scan goes
 on where it was. Then they become BED, bedGraph or bigWig.
