@@ -6,6 +6,7 @@
 Each fit is `mamba2-apps train genomics/genes` on the 486 training genes; with --pretrained it
 starts from a RUN of `genomics/pretrain`, which has not seen the held-out genes, and is reported
 beside the others. Sites are read in the gene's direction; GC and AT donors are no GT and left out.
+Scored are the model's probabilities, and as `decoded` those that `splice_posteriors` makes of them.
 The 95% interval is a bootstrap over genes. Baselines, trained on the GT of the same training genes:
 logistic regression on one-hot bases, 60 on each side, and gradient boosting on position weights and
 hexamer counts. --develop trains without every fifth training gene and scores on these, with several
@@ -174,18 +175,33 @@ def annotations(folder: Path, develop: bool) -> tuple[str, str]:
 
 def donors_of(
     task: Any, genes: list[Feature], sites: Sites, genome: Genome, context: int
-) -> np.ndarray:
-    """Probability of a donor at each site; `context` bases around its gene are given, too."""
+) -> tuple[np.ndarray, np.ndarray]:
+    """Probabilities of a donor at each site: the model's, and decoded ones.
+
+    `context` bases around its gene are given, too, and both are made of the same answers.
+    """
+    from mamba2_apps.genomics.gene_structure import SPLICE_LABELS, splice_posteriors
     from mamba2_apps.genomics.scan import predict_bases
 
-    values = np.empty(len(sites.gene))
+    values, decoded = np.empty(len(sites.gene)), np.empty(len(sites.gene))
     for index, gene in enumerate(genes):
-        region = (gene.contig, gene.start, gene.end)
-        answers, _ = predict_bases(task, genome, regions=[region], window=32768, overlap=context)
+        start, end = max(gene.start - context, 0), min(gene.end + context, genome[gene.contig])
+        region = (gene.contig, start, end)
+        answers, _ = predict_bases(task, genome, regions=[region], window=end - start, overlap=0)
         mine = sites.gene == index
-        column = task.labels.index(f"donor{gene.strand}")
-        values[mine] = answers[region][sites.place[mine] - gene.start, column]
-    return values
+        at, label = sites.place[mine] - start, f"donor{gene.strand}"
+        values[mine] = answers[region][at, task.labels.index(label)]
+        posteriors = splice_posteriors(genome.fetch(*region), answers[region], task.labels)
+        decoded[mine] = posteriors[at, SPLICE_LABELS.index(label)]
+    return values, decoded
+
+
+def scores_of_task(
+    task: Any, genes: list[Feature], sites: Sites, genome: Genome, context: int
+) -> dict[str, Any]:
+    """Scores of the model's probabilities, and under `decoded` of decoded ones."""
+    values, decoded = donors_of(task, genes, sites, genome, context)
+    return {**scores_of(sites, values), "decoded": scores_of(sites, decoded)}
 
 
 def fit(
@@ -208,7 +224,7 @@ def fit(
     run, metrics = train_into(folder, key, "genomics/genes", words)
     task, genome = load(run).task, Genome(GENOME)
     genes, sites = genes_and_sites(test, genome)
-    scores = scores_of(sites, donors_of(task, genes, sites, genome, CONTEXT))
+    scores = scores_of_task(task, genes, sites, genome, CONTEXT)
     row = {
         "seed": seed,
         "pretrained": pretrained is not None,
@@ -218,15 +234,19 @@ def fit(
         "parameters": metrics["parameters"],
         "seconds": metrics["seconds"],
         "overrides": overrides,
-        "summary": f"AUPRC {scores['auprc']:.4f}, AUROC {scores['auroc']:.4f}, "
+        "summary": f"AUPRC {scores['auprc']:.4f}, AUROC {scores['auroc']:.4f}, decoded "
+        f"{scores['decoded']['auprc']:.4f} and {scores['decoded']['auroc']:.4f}, "
         f"{metrics['seconds']:.0f} s",
     }
     if contexts:
         row["contexts"] = {
-            context: scores_of(sites, donors_of(task, genes, sites, genome, context))
-            for context in contexts
+            context: scores_of_task(task, genes, sites, genome, context) for context in contexts
         }
     return row
+
+
+def means_of(rows: list[dict[str, Any]]) -> dict[str, float]:
+    return {name: statistics.mean(row[name] for row in rows) for name in ("auprc", "auroc")}
 
 
 def main() -> None:
@@ -249,12 +269,13 @@ def main() -> None:
     _, test = genes_and_sites(test_path, genome)
     print(f"test: {test.donor.sum()} donors among {len(test.donor)} GT")
     scores = baselines(train_genes, train, test, genome)
-    means = {}
+    means: dict[str, dict[str, Any]] = {}
     for kind in ("scratch", "pretrained"):
         rows = [row for key, row in done.items() if key.startswith(kind)]
         if rows:
             means[kind] = {
-                name: statistics.mean(row[name] for row in rows) for name in ("auprc", "auroc")
+                **means_of(rows),
+                "decoded": means_of([row["decoded"] for row in rows]),
             }
     print(f"{means} (bar {BAR}, AUROC {AUROC_BAR}; aim {AIM})")
     for name, found in scores.items():

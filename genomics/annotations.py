@@ -1,4 +1,4 @@
-"""Annotation files as features: BED, narrowPeak, GFF3, GTF, GenBank; and BED written back.
+"""Annotation files as features: BED, narrowPeak, GFF3, GTF, GenBank; and BED and GFF3 written.
 
 BED and narrowPeak count from 0 and exclude the end; GFF3, GTF and GenBank count from 1 and include
 it. All of them become `Feature`, 0-based half-open.
@@ -13,7 +13,7 @@ from dataclasses import replace
 from itertools import pairwise
 from os import PathLike, fspath
 from typing import IO, Any
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 from Bio import BiopythonParserWarning, SeqIO
 from Bio.SeqFeature import AfterPosition, BeforePosition
@@ -265,6 +265,35 @@ def write_bed(features: Iterable[Feature], file: IO[str]) -> None:
             starts = ",".join(str(a - f.start) for a, _ in f.blocks)
             fields += [f.start, f.end, 0, len(f.blocks), sizes, starts]
         file.write("\t".join(map(str, fields)) + "\n")
+
+
+def write_gff(genes: Iterable[Feature], file: IO[str]) -> None:
+    """Write coding regions as GFF3: a gene, its mRNA, and a CDS with its phase for each block."""
+    file.write("##gff-version 3\n")
+    for count, gene in enumerate(genes, 1):
+        name = f"{gene.name or 'gene'}{count}"
+        contig = quote(gene.contig, safe=".:^*$@!+?|")
+        score = "." if gene.score is None else f"{gene.score:g}"
+        rows: list[tuple[str, int, int, str, str]] = [
+            ("gene", gene.start, gene.end, ".", f"ID={name}"),
+            ("mRNA", gene.start, gene.end, ".", f"ID={name}.mrna;Parent={name}"),
+        ]
+        phases = _phases(gene)
+        for (start, end), phase in zip(gene.blocks, phases, strict=True):
+            rows.append(("CDS", start, end, phase, f"ID={name}.cds;Parent={name}.mrna"))
+        for kind, start, end, phase, attributes in rows:
+            fields = (contig, "mamba2-apps", kind, start + 1, end, score, gene.strand, phase)
+            file.write("\t".join(map(str, (*fields, attributes))) + "\n")
+
+
+def _phases(gene: Feature) -> list[str]:
+    """Bases of each block, from left to right, before its first whole codon."""
+    backward = gene.strand == "-"
+    phase, phases = gene.phase, []
+    for start, end in reversed(gene.blocks) if backward else gene.blocks:
+        phases.append(str(phase))
+        phase = (phase - (end - start)) % 3
+    return phases[::-1] if backward else phases
 
 
 def _feature(**values: Any) -> Feature:

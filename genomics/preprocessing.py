@@ -46,6 +46,7 @@ class DNAPreprocessing(Preprocessing):
 
     suffixes: ClassVar[tuple[str, ...]] = (
         ".bed",
+        ".gff3",
         ".bedgraph",
         ".bdg",
         ".bw",
@@ -124,7 +125,7 @@ class DNAPreprocessing(Preprocessing):
             return score_variants(self, sources, output)
         if kind == ".png":
             return map_mutations(self, sources, output)
-        if stream or kind in (".bed", ".bedgraph", ".bdg", ".bw", ".bigwig"):
+        if stream or kind in (".bed", ".gff3", ".bedgraph", ".bdg", ".bw", ".bigwig"):
             return scan(self, sources, output, stream=stream)
         if kind in (".vcf", ".tsv"):
             raise ValueError(

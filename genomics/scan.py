@@ -9,7 +9,7 @@ A head may answer for bins of bases, counted from the start of a region: each ba
 bin's answer, and bases behind the last whole bin have none (NaN).
 
 Pieces are kept in a folder beside the output until all are there, so that an interrupted scan goes
-on where it was. Then they become BED, bedGraph or bigWig.
+on where it was. Then they become BED, bedGraph or bigWig, or genes as BED or GFF3.
 
 Dimensions: seqlen l (bases) · labels k
 """
@@ -34,8 +34,9 @@ from torch import Tensor
 
 from mamba2_apps.data import UnreadableInput
 from mamba2_apps.files import replacing, write_json
-from mamba2_apps.genomics.annotations import write_bed
+from mamba2_apps.genomics.annotations import write_bed, write_gff
 from mamba2_apps.genomics.fasta import Genome, MemoryGenome
+from mamba2_apps.genomics.gene_structure import check_gene_labels, decode_genes
 from mamba2_apps.genomics.intervals import Feature, parse_region, place
 from mamba2_apps.genomics.orfs import check_codon_labels, decode_orfs
 from mamba2_apps.genomics.preprocessing import DNAPreprocessing, open_sequences
@@ -284,14 +285,15 @@ def answerer(
             window: bases computed at once.
             overlap: bases that a bidirectional model sees on either side of them.
             threshold: probability from which BED calls a base.
-            decode: orfs writes open reading frames instead, for labels of codon places.
+            decode: orfs writes open reading frames instead, for labels of codon places; genes
+                writes genes with introns, for labels of splice sites, too.
         """
         if preprocessing.tokenizer.get("kind") != "base":
             raise ValueError("answers for each base need base tokens; this model reads other ones")
         if len(sources) != 1:
             raise ValueError(f"{len(sources)} files; a scan writes one genome, give one INPUT")
-        if decode not in (None, "orfs"):
-            raise ValueError(f"--decode is {decode!r}, expected orfs")
+        if decode not in (None, "orfs", "genes"):
+            raise ValueError(f"--decode is {decode!r}, expected orfs or genes")
         genome = open_sequences(sources[0])
         names = listed(region) if region else list(genome)
         regions = _in_order([parse_region(name, genome) for name in names], genome)
@@ -306,17 +308,20 @@ def answerer(
         is_track = suffix in (*BEDGRAPH_SUFFIXES, *BIGWIG_SUFFIXES)
         if suffix in BIGWIG_SUFFIXES:
             big_wig_library()  # raises before anything is computed
-        _check_answers(scan, decode, is_track)
+        _check_answers(scan, decode, suffix, is_track)
         with _parts_folder(output) as folder:
             parts = Parts(folder, _fingerprint(scan, sources[0]), scan)
             parts.compute()
             _report(scan)
-            rows = _orfs(parts, genome) if decode else _segments(parts, columns, threshold)
+            rows = (
+                _decoded(parts, genome, decode) if decode else _segments(parts, columns, threshold)
+            )
             if output is not None and is_track:
                 _write_tracks(parts, columns, output)
-            elif output is not None and suffix == ".bed":
+            elif output is not None and suffix in (".bed", ".gff3"):
+                write = write_bed if suffix == ".bed" else write_gff
                 with replacing(output) as partial, partial.open("w", encoding="utf-8") as file:
-                    write_bed(rows, file)
+                    write(rows, file)
             else:
                 yield from (_row(feature) for feature in rows)
 
@@ -448,12 +453,19 @@ def _report(scan: Scan) -> None:
         )
 
 
-def _check_answers(scan: Scan, decode: str | None, is_track: bool) -> None:
+def _check_answers(scan: Scan, decode: str | None, suffix: str, is_track: bool) -> None:
     """Raises ValueError, before anything is computed, for what the output cannot hold."""
     if decode is not None:
-        check_codon_labels(scan.labels)
+        check = check_gene_labels if decode == "genes" else check_codon_labels
+        check(scan.labels)
         if is_track:
-            raise ValueError("--decode=orfs gives genes, which no track holds; write .bed")
+            raise ValueError(
+                f"--decode={decode} gives genes, which no track holds; write .bed or .gff3"
+            )
+    elif suffix == ".gff3":
+        raise ValueError(
+            ".gff3 holds genes; give --decode=genes or --decode=orfs, or write .bed for segments"
+        )
     elif not is_track and not isinstance(scan.task, TokenClassification | TokenMultiLabel):
         raise ValueError("a track of values has no segments; write .bedgraph or .bw")
 
@@ -525,14 +537,15 @@ def _feature(label: str, contig: str, start: int, end: int, total: float) -> Fea
     return Feature(contig=contig, start=start, end=end, strand=strand, name=name, score=score)
 
 
-def _orfs(parts: Parts, genome: Genome) -> Iterator[Feature]:
-    """Open reading frames that the labels of codon places speak for, region by region."""
+def _decoded(parts: Parts, genome: Genome, decode: str) -> Iterator[Feature]:
+    """Open reading frames or genes that the labels speak for, region by region."""
+    decoder = decode_genes if decode == "genes" else decode_orfs
     numbered = zip(parts.scan.starts(), parts, strict=True)
     for index, pieces in groupby(numbered, key=lambda pair: pair[0][0]):
         contig, start, end = parts.scan.regions[index]
         values = np.concatenate([piece.values for _, piece in pieces])
         sequence = genome.fetch(contig, start, end)
-        yield from decode_orfs(sequence, values, parts.scan.labels, contig, start)
+        yield from decoder(sequence, values, parts.scan.labels, contig, start)
 
 
 def _row(feature: Feature) -> dict[str, Any]:

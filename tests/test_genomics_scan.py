@@ -12,8 +12,9 @@ from mamba2_apps.backbone import BackboneConfig
 from mamba2_apps.genomics import scan as scanning
 from mamba2_apps.genomics.adapter import TokenEmbedding
 from mamba2_apps.genomics.annotated import paint
-from mamba2_apps.genomics.annotations import read_bed
+from mamba2_apps.genomics.annotations import joined, read_bed, read_features
 from mamba2_apps.genomics.fasta import MemoryGenome
+from mamba2_apps.genomics.gene_structure import GENE_LABELS, decode_genes
 from mamba2_apps.genomics.intervals import Feature
 from mamba2_apps.genomics.models import DNAModel
 from mamba2_apps.genomics.mutagenesis import mutagenesis_map
@@ -247,6 +248,8 @@ def test_bed_holds_the_called_segments(both, causal, fasta, tmp_path, capsys):
         ({"region": "[one:1-1,000]"}, "commas of a number end a region; quote each"),
         ({"label": ["z"]}, "--label is 'z', expected one of none, x, y"),
         ({"decode": "orfs"}, "open reading frames need the labels codon1"),
+        ({"decode": "genes"}, "genes need the labels donor"),
+        ({"decode": "exons"}, "--decode is 'exons', expected orfs or genes"),
         ({"window": 0}, "window is 0"),
     ],
 )
@@ -254,6 +257,21 @@ def test_impossible_scans_are_refused(both, fasta, tmp_path, options, words):
     with pytest.raises(ValueError, match=words):
         run_answerer(both, [str(fasta)], tmp_path / "o.bed", **options)
     assert [path.name for path in tmp_path.iterdir()] == ["g.fa"]
+
+
+def test_decoded_genes_are_written_as_gff(fasta, tmp_path):
+    task = task_of(TokenMultiLabel, TokenHead, GENE_LABELS)
+    output, free = tmp_path / "o.gff3", {"window": 400, "overlap": 1000}
+    run_answerer(task, [str(fasta)], output, decode="genes", region="one", **free)
+    values = next(iter(predict_bases(task, {"one": SEQUENCE}, **free)[0].values()))
+    genes = decode_genes(SEQUENCE, values, GENE_LABELS, "one")
+    assert sum(len(gene.blocks) for gene in genes) > 5
+    found = joined(read_features(output))
+    assert [(f.strand, f.blocks) for f in found] == [(g.strand, g.blocks) for g in genes]
+    with pytest.raises(ValueError, match=r"\.gff3 holds genes; give --decode=genes"):
+        run_answerer(task, [str(fasta)], output)
+    with pytest.raises(ValueError, match=r"which no track holds; write \.bed or \.gff3"):
+        run_answerer(task, [str(fasta)], tmp_path / "o.bedgraph", decode="genes")
 
 
 def test_a_stream_of_both_strands_is_refused(fasta, tmp_path):
