@@ -2,6 +2,7 @@
 
     python benchmarks/genomics_fly.py [--jobs 3] [--pretrained RUN] [-- --trainer.max_epochs=30]
     python benchmarks/genomics_fly.py --develop --name trial [-- --data.margin=500]
+    python benchmarks/genomics_fly.py --score RUN --name scored
 
 Each fit is `mamba2-apps train genomics/genes` on the 486 training genes; with --pretrained it
 starts from a RUN of `genomics/pretrain`, which has not seen the held-out genes, and is reported
@@ -10,11 +11,13 @@ Scored are the model's probabilities, and as `decoded` those that `splice_poster
 The 95% interval is a bootstrap over genes. Baselines, trained on the GT of the same training genes:
 logistic regression on one-hot bases, 60 on each side, and gradient boosting on position weights and
 hexamer counts. --develop trains without every fifth training gene and scores on these, with several
-numbers of bases around a gene: what is chosen is chosen there. Needs data/fly. Each fit is a line
+numbers of bases around a gene: what is chosen is chosen there. --score trains nothing and scores a
+RUN. Needs data/fly. Each fit is a line
 of results/genomics_fly.jsonl when it ends, and is not run again; the summary is
 results/genomics_fly.json.
 """
 
+import json
 import statistics
 from collections import Counter
 from pathlib import Path
@@ -245,6 +248,17 @@ def fit(
     return row
 
 
+def score_run(run: Path, name: str) -> None:
+    """Score the sites of the held-out genes by a RUN that is there."""
+    from mamba2_apps import load
+
+    genome = Genome(GENOME)
+    scores = scores_of_task(load(run).task, *genes_and_sites(TEST, genome), genome, CONTEXT)
+    print(scores)
+    metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
+    write_record(name, ("torch", "scikit-learn"), {**scores, "training": metrics})
+
+
 def means_of(rows: list[dict[str, Any]]) -> dict[str, float]:
     return {name: statistics.mean(row[name] for row in rows) for name in ("auprc", "auroc")}
 
@@ -253,9 +267,15 @@ def main() -> None:
     parser = arguments_of_runs("genomics_fly", __doc__, "runs/genomics-fly")
     parser.add_argument("--pretrained", help="RUN of genomics/pretrain to start from")
     parser.add_argument("--develop", action="store_true", help="score on training genes held out")
+    parser.add_argument(
+        "--score", type=Path, metavar="RUN", help="train nothing and score this RUN"
+    )
     options = parse_of_runs(parser)
-    if options.develop and options.name == "genomics_fly":
-        parser.error("--develop needs a --name of its own")
+    if (options.develop or options.score) and options.name == "genomics_fly":
+        parser.error("--develop and --score need a --name of their own")
+    if options.score:
+        score_run(options.score, options.name)
+        return
     kind = "scratch" if options.pretrained is None else "pretrained"
     keys = [f"{kind} seed={seed}" for seed in options.seeds]
     train_path, test_path = annotations(options.runs, options.develop)
