@@ -42,6 +42,18 @@ def check_call(
 def is_linear(module: nn.Module) -> bool:
     """Whether its weight and bias say all that it does.
 
-    What took the place of nn.Linear, a quantised one or an adapter around it, is to be called.
+    What took the place of nn.Linear, a quantised one or an adapter around it, is to be called, and
+    so is one with hooks.
     """
-    return type(module) is nn.Linear or parametrize.is_parametrized(module)
+    plain = type(module) is nn.Linear or parametrize.is_parametrized(module)
+    return plain and not has_hooks(module)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a call of the module runs more than its forward."""
+    return bool(
+        module._forward_pre_hooks
+        or module._forward_hooks
+        or module._backward_pre_hooks
+        or module._backward_hooks
+    )

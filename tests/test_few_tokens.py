@@ -79,6 +79,17 @@ def test_what_took_a_projections_place_is_called(name):
     torch.testing.assert_close(stepped, after[:, 0])
 
 
+@pytest.mark.parametrize("name", ["in_proj", "out_proj"])
+def test_hooks_of_a_projection_are_called(name):
+    mixer = Mamba2(48, d_state=8, headdim=16).eval()
+    seen = []
+    mixer.get_submodule(name).register_forward_hook(lambda *_: seen.append(name))
+    with torch.inference_mode():
+        mixer.step(torch.randn(2, 48), mixer.init_state(2))
+        mixer(torch.randn(2, 3, 48))
+    assert len(seen) == 2
+
+
 def test_gradients_longer_pieces_and_other_types_go_to_the_operators():
     mixer = Mamba2(32, d_state=8, headdim=16)
     assert not few_tokens.serves(mixer, torch.randn(1, 2, 32))
