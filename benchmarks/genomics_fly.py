@@ -10,8 +10,8 @@ beside the others. Sites are read in the gene's direction; GC and AT donors are 
 Scored are the model's probabilities, and as `decoded` those that `splice_posteriors` makes of them.
 The 95% interval is a bootstrap over genes. Baselines, trained on the GT of the same training genes:
 logistic regression on one-hot bases, 60 on each side, and gradient boosting on position weights and
-hexamer counts. --develop trains without every fifth training gene and scores on these, with several
-numbers of bases around a gene: what is chosen is chosen there. --score trains nothing and scores a
+hexamer counts. --develop trains without every fifth training gene and scores on these: what is
+chosen is chosen there. --score trains nothing and scores a
 RUN. Needs data/fly. Each fit is a line
 of results/genomics_fly.jsonl when it ends, and is not run again; the summary is
 results/genomics_fly.json.
@@ -40,8 +40,8 @@ GENOME = "data/fly/chr2R.fa.gz"
 TRAIN, TEST = "data/fly/genes.train.bed12", "data/fly/genes.test.bed12"
 BAR, AIM, AUROC_BAR = 0.88, 0.93, 0.995
 FLANK, BOOTSTRAPS = 60, 1000
-CONTEXT, CONTEXTS = 500, (250, 500, 1000, 2000)
-"""Bases around a gene that the model is given: as chosen, and those to choose from."""
+CONTEXT = 500
+"""Bases on either side of a gene that the model is given."""
 NEAR = slice(FLANK - 4, FLANK + 8)
 """Bases around a site that have weights."""
 
@@ -177,18 +177,15 @@ def annotations(folder: Path, develop: bool) -> tuple[str, str]:
 
 
 def donors_of(
-    task: Any, genes: list[Feature], sites: Sites, genome: Genome, context: int
+    task: Any, genes: list[Feature], sites: Sites, genome: Genome
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Probabilities of a donor at each site: the model's, and decoded ones.
-
-    `context` bases around its gene are given, too, and both are made of the same answers.
-    """
+    """Probabilities of a donor at each site: the model's, and decoded ones, of the same answers."""
     from mamba2_apps.genomics.gene_structure import SPLICE_LABELS, splice_posteriors
     from mamba2_apps.genomics.scan import predict_bases
 
     values, decoded = np.empty(len(sites.gene)), np.empty(len(sites.gene))
     for index, gene in enumerate(genes):
-        start, end = max(gene.start - context, 0), min(gene.end + context, genome[gene.contig])
+        start, end = max(gene.start - CONTEXT, 0), min(gene.end + CONTEXT, genome[gene.contig])
         region = (gene.contig, start, end)
         answers, _ = predict_bases(task, genome, regions=[region], window=end - start, overlap=0)
         mine = sites.gene == index
@@ -199,11 +196,9 @@ def donors_of(
     return values, decoded
 
 
-def scores_of_task(
-    task: Any, genes: list[Feature], sites: Sites, genome: Genome, context: int
-) -> dict[str, Any]:
+def scores_of_task(task: Any, genes: list[Feature], sites: Sites, genome: Genome) -> dict[str, Any]:
     """Scores of the model's probabilities, and under `decoded` of decoded ones."""
-    values, decoded = donors_of(task, genes, sites, genome, context)
+    values, decoded = donors_of(task, genes, sites, genome)
     return {**scores_of(sites, values), "decoded": scores_of(sites, decoded)}
 
 
@@ -214,7 +209,6 @@ def fit(
     pretrained: str | None,
     train: str,
     test: str,
-    contexts: tuple[int, ...],
 ) -> dict[str, Any]:
     """Train on the genes of one file with one seed and score the sites of another's."""
     from mamba2_apps import load
@@ -227,8 +221,8 @@ def fit(
     run, metrics = train_into(folder, key, "genomics/genes", words)
     task, genome = load(run).task, Genome(GENOME)
     genes, sites = genes_and_sites(test, genome)
-    scores = scores_of_task(task, genes, sites, genome, CONTEXT)
-    row = {
+    scores = scores_of_task(task, genes, sites, genome)
+    return {
         "seed": seed,
         "pretrained": pretrained is not None,
         **scores,
@@ -241,11 +235,6 @@ def fit(
         f"{scores['decoded']['auprc']:.4f} and {scores['decoded']['auroc']:.4f}, "
         f"{metrics['seconds']:.0f} s",
     }
-    if contexts:
-        row["contexts"] = {
-            context: scores_of_task(task, genes, sites, genome, context) for context in contexts
-        }
-    return row
 
 
 def score_run(run: Path, name: str) -> None:
@@ -253,7 +242,7 @@ def score_run(run: Path, name: str) -> None:
     from mamba2_apps import load
 
     genome = Genome(GENOME)
-    scores = scores_of_task(load(run).task, *genes_and_sites(TEST, genome), genome, CONTEXT)
+    scores = scores_of_task(load(run).task, *genes_and_sites(TEST, genome), genome)
     print(scores)
     metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
     write_record(name, ("torch", "scikit-learn"), {**scores, "training": metrics})
@@ -279,8 +268,7 @@ def main() -> None:
     kind = "scratch" if options.pretrained is None else "pretrained"
     keys = [f"{kind} seed={seed}" for seed in options.seeds]
     train_path, test_path = annotations(options.runs, options.develop)
-    contexts = CONTEXTS if options.develop else ()
-    todo = (options.runs, options.overrides, options.pretrained, train_path, test_path, contexts)
+    todo = (options.runs, options.overrides, options.pretrained, train_path, test_path)
     done = do_fits(options.fits, keys, fit, *todo, jobs=options.jobs, minutes=options.minutes)
     if not all(key in done for key in keys):
         return
