@@ -254,11 +254,12 @@ def splice_posteriors(
     coding: float = 0.01,
     ends: float = 3.0,
     floor: float = 0.1,
+    doubt: float = 0.01,
 ) -> np.ndarray:
     """Probabilities (l, 4) of `SPLICE_LABELS`, given all that the model says and what a gene is.
 
     Forward and backward over every gene structure of the sequence, whose ends may lie within a
-    gene. Takes some 700 bytes for each base: for genes and their surroundings, not chromosomes.
+    gene, mixed with a little of what the model says of each base. Takes some 700 bytes for each base: for genes and their surroundings, not chromosomes.
 
     Args:
         sequence: l bases.
@@ -268,7 +269,9 @@ def splice_posteriors(
             that theirs are far from as many witnesses.
         ends: what each end of a gene costs.
         floor: least probability of what a base looks like, before they are divided by their sum.
-            All defaults were chosen on genes held out for this (docs/genomics.md).
+        doubt: probability that a gene, or its annotation, does not follow the rules; the model's
+            own probability of a site stands then. All defaults were chosen on genes held out for
+            this (docs/genomics.md).
 
     Raises ValueError where labels are missing.
     """
@@ -284,6 +287,7 @@ def splice_posteriors(
         for column, (event, shift) in enumerate((("donor", 0), ("acceptor", 1))):
             found = _log_sum(through[..., _INTO.event == _EVENTS.index(event)]) - total
             answers[start - shift : stop - shift, column] = np.exp(np.minimum(found, 0.0))
+    answers = (1 - doubt) * answers + doubt * np.moveaxis(scores.chances[..., :2], 2, 1)
     return np.concatenate([answers[..., 0], answers[::-1, :, 1]], 1)
 
 
