@@ -259,7 +259,8 @@ def splice_posteriors(
     """Probabilities (l, 4) of `SPLICE_LABELS`, given all that the model says and what a gene is.
 
     Forward and backward over every gene structure of the sequence, whose ends may lie within a
-    gene, mixed with a little of what the model says of each base. Takes some 700 bytes for each base: for genes and their surroundings, not chromosomes.
+    gene, mixed with a little of what the model says of each base. Takes some 700 bytes for each
+    base: for genes and their surroundings, not chromosomes.
 
     Args:
         sequence: l bases.
