@@ -4,8 +4,10 @@ Both alleles are read in windows of one length around the same place, so that an
 deletion is not scored for its length: bases are added or dropped at the far end.
 
 - A causal language model gives the log-likelihood ratio of the two windows.
-- A masked one gives log p(alt) - log p(ref) at the hidden base (GPN, Benegas et al. 2023), for
-  substitutions; other alleles have no score.
+- A masked one gives log p(alt) - log p(ref) at the hidden base for substitutions (GPN, Benegas et
+  al. 2023), and for other alleles a ratio of pseudo-likelihoods (Brandes et al. 2023): each base
+  around the variant is hidden in turn, as many in both windows, and the log-probabilities of what
+  stands there are summed.
 - A classifier or regressor gives the difference of each output: logits, or values.
 - A model that answers for each base gives each label's largest gain and largest loss around the
   variant, as SpliceAI does (Jaganathan et al. 2019), at bases that both alleles have.
@@ -69,6 +71,11 @@ def allele_windows(genome: Genome, variant: Variant, size: int) -> tuple[str, st
     return reference[:size], alternative[:size], offset
 
 
+REACH = 16
+"""Bases on either side of an allele that a pseudo-likelihood counts."""
+_HIDDEN_AT_ONCE = 16
+
+
 class VariantScorer:
     """Scores of variants by one model.
 
@@ -117,9 +124,14 @@ class VariantScorer:
     def _describe(self) -> dict[str, str]:
         """Names of the scores and what they are, for a VCF's header."""
         task = self.task
-        if isinstance(task, NextToken | MaskedReconstruction):
-            kind = "window" if isinstance(task, NextToken) else "hidden base"
-            return {"LLR": f"log-likelihood ratio of alternative and reference {kind}"}
+        if isinstance(task, NextToken):
+            return {"LLR": "log-likelihood ratio of alternative and reference window"}
+        if isinstance(task, MaskedReconstruction):
+            return {
+                "LLR": "log-likelihood ratio of alternative and reference hidden base",
+                "PLLR": "pseudo-log-likelihood ratio of alternative and reference, for alleles "
+                f"that are no substitution, over {REACH} bases on either side",
+            }
         if self.along:
             return {
                 f"{_id(label)}_{change}": f"largest {change} of {label} within the window"
@@ -141,7 +153,7 @@ class VariantScorer:
         found = [dict(nothing) for _ in variants]
         windows = [allele_windows(self.genome, variant, self.window) for variant in variants]
         if isinstance(self.task, MaskedReconstruction):
-            return [self._hidden_base(v, *w) for v, w in zip(variants, windows, strict=True)]
+            return [self._by_hiding(v, *w) for v, w in zip(variants, windows, strict=True)]
         by_length: dict[int, list[int]] = {}
         for index, (variant, (reference, _, offset)) in enumerate(
             zip(variants, windows, strict=True)
@@ -190,25 +202,53 @@ class VariantScorer:
             return self.task.values(outputs)
         return outputs
 
-    def _hidden_base(
+    def _by_hiding(
         self, variant: Variant, reference: str, alternative: str, offset: int
     ) -> dict[str, float | None]:
-        if len(variant.ref) != 1 or len(variant.alt) != 1:
-            return {"LLR": None}
-        scores = self._hidden(reference, offset, variant.alt, variant.ref)
+        """Scores of a masked language model."""
+        longest = max(len(variant.ref), len(variant.alt))
+        if offset + longest > len(reference):
+            return {"LLR": None, "PLLR": None}
+        one_base = len(variant.ref) == len(variant.alt) == 1
+        reach = 0 if one_base else REACH
+        first, last = max(offset - reach, 0), min(offset + longest + reach, len(reference))
+        ratio = self._ratio_of_hidden if one_base else self._ratio_of_pseudo
+        score = ratio(reference, alternative, first, last)
         if self.both_strands:
-            other = reverse_complement(reference)
-            alt, ref = reverse_complement(variant.alt), reverse_complement(variant.ref)
-            scores = (scores + self._hidden(other, len(other) - 1 - offset, alt, ref)) / 2
-        return {"LLR": scores}
+            turned = reverse_complement(reference), reverse_complement(alternative)
+            other = ratio(*turned, len(reference) - last, len(reference) - first)
+            score = (score + other) / 2
+        return {"LLR": score, "PLLR": None} if one_base else {"LLR": None, "PLLR": score}
 
-    def _hidden(self, sequence: str, offset: int, alt: str, ref: str) -> float:
-        inputs = self.tokens.encode(sequence)[None].to(self.task.device)
-        hide = torch.zeros_like(inputs, dtype=torch.bool)
-        hide[0, offset] = True
-        row = self.task({"inputs": inputs, "hide": hide})[0, offset].float().log_softmax(-1)
-        a, r = (int(self.tokens.encode(base)[0]) for base in (alt, ref))
-        return float(row[a] - row[r])
+    def _ratio_of_hidden(self, reference: str, alternative: str, first: int, last: int) -> float:
+        """log p(alt) - log p(ref) where the windows' base `first` is hidden."""
+        row = self._hidden(reference, [first])[0]
+        alt, ref = (self.tokens.encode(text[first:last]) for text in (alternative, reference))
+        return float(row[alt[0]] - row[ref[0]])
+
+    def _ratio_of_pseudo(self, reference: str, alternative: str, first: int, last: int) -> float:
+        """Of the places first to last, those that are bases in both windows."""
+        pairs = list(zip(reference.upper(), alternative.upper(), strict=True))
+        places = [i for i in range(first, last) if set(pairs[i]) <= set("ACGT")]
+        return self._pseudo(alternative, places) - self._pseudo(reference, places)
+
+    def _pseudo(self, sequence: str, places: list[int]) -> float:
+        """Sum of the log-probabilities of the bases at these places, each hidden in its turn."""
+        ids = self.tokens.encode(sequence)[places].to(self.task.device)
+        return float(self._hidden(sequence, places).gather(1, ids[:, None]).double().sum())
+
+    def _hidden(self, sequence: str, places: list[int]) -> Tensor:
+        """(m, k) log-probabilities of what stands at each place, while it alone is hidden."""
+        ids = self.tokens.encode(sequence)[None].to(self.task.device)
+        rows = []
+        for first in range(0, len(places), _HIDDEN_AT_ONCE):
+            group = places[first : first + _HIDDEN_AT_ONCE]
+            inputs, row = ids.expand(len(group), -1), torch.arange(len(group))
+            hide = torch.zeros_like(inputs, dtype=torch.bool)
+            hide[row, group] = True
+            outputs = self.task({"inputs": inputs, "hide": hide})
+            rows.append(outputs[row, group].float().log_softmax(-1))
+        return torch.cat(rows)
 
 
 def answerer(
@@ -270,12 +310,12 @@ def _scored_lines(
         scores = iter(scorer.scores(variants) if variants else [])
         for line in group:
             found = [None if v is None else next(scores) for v in line.variants]
-            unscored += sum(s is None or None in s.values() for s in found)
+            unscored += sum(s is None or set(s.values()) == {None} for s in found)
             yield line, found
     if unscored:
         print(
-            f"{file.path}: {unscored} alleles have no score (a dot): they are no bases, reach "
-            "beyond the window, or are insertions or deletions for a masked model",
+            f"{file.path}: {unscored} alleles have no score (a dot): they are no bases or reach "
+            "beyond the window",
             file=sys.stderr,
         )
 

@@ -350,7 +350,6 @@ def test_an_allele_beyond_its_window_has_no_score(both, start, ref, alt):
 def test_log_likelihood_ratios_of_language_models():
     genome = MemoryGenome(GENOME, "g")
     variant = Variant("one", 400, SEQUENCE[400], "A" if SEQUENCE[400] != "A" else "C", "v:1")
-    longer = Variant("one", 400, SEQUENCE[400], SEQUENCE[400] + "GG", "v:2")
     encode = BaseTokenizer().encode
     causal = task_of(NextToken, LanguageModelHead, [], bidirectional=False)
 
@@ -368,10 +367,61 @@ def test_log_likelihood_ratios_of_language_models():
             causal, DNAPreprocessing(), genome, window=60, both_strands=both_strands
         )
         assert scorer.scores([variant])[0]["LLR"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_ratios_of_masked_language_models():
     masked = task_of(MaskedReconstruction, LanguageModelHead, [])
-    scorer = VariantScorer(masked, DNAPreprocessing(), genome, window=60)
-    assert scorer.scores([variant])[0]["LLR"] != 0
-    assert scorer.scores([longer])[0]["LLR"] is None
+    base = SEQUENCE[400]
+    alleles = [(base, "A" if base != "A" else "C"), (base, f"{base}GG"), (SEQUENCE[400:404], base)]
+    encode = BaseTokenizer().encode
+
+    def hidden(text, at):
+        ids = encode(text)[None]
+        hide = torch.arange(ids.shape[1])[None] == at
+        return masked.model(ids, hide=hide)[0, at].float().log_softmax(-1)
+
+    def expected(variant, strand):
+        reference, alternative, offset = windows_of(variant, 60)
+        start, end = offset - 16, offset + max(len(variant.ref), len(variant.alt)) + 16
+        if strand == "-":
+            start, end, offset = 60 - end, 60 - start, 59 - offset
+            reference, alternative = map(reverse_complement, (reference, alternative))
+        if len(variant.ref) == len(variant.alt):
+            row = hidden(reference, offset)
+            return (row[encode(alternative)[offset]] - row[encode(reference)[offset]]).item()
+        sums = [
+            sum(hidden(text, at)[encode(text)[at]].item() for at in range(start, end))
+            for text in (alternative, reference)
+        ]
+        return sums[0] - sums[1]
+
+    for both_strands in (False, True):
+        scorer = VariantScorer(
+            masked, DNAPreprocessing(), MemoryGenome(GENOME, "g"), window=60,
+            both_strands=both_strands,
+        )  # fmt: skip
+        for ref, alt in alleles:
+            variant = Variant("one", 400, ref, alt, "v:1")
+            strands = "+-" if both_strands else "+"
+            score = np.mean([expected(variant, strand) for strand in strands])
+            named = ("LLR", "PLLR") if len(ref) == len(alt) else ("PLLR", "LLR")
+            (found,) = scorer.scores([variant])
+            assert found[named[0]] == pytest.approx(score, abs=1e-4)
+            assert found[named[1]] is None
+    lost = Variant("one", 400, base, "A" * 70, "v:2")
+    assert scorer.scores([lost]) == [{"LLR": None, "PLLR": None}]
+
+
+def test_a_pseudo_likelihood_leaves_out_what_is_no_base():
+    masked = task_of(MaskedReconstruction, LanguageModelHead, [])
+    scores = []
+    for letter in "NR":
+        text = SEQUENCE[:395] + letter + SEQUENCE[396:]
+        scorer = VariantScorer(
+            masked, DNAPreprocessing(), MemoryGenome({"one": text}, "g"), window=60
+        )
+        scores.append(scorer.scores([Variant("one", 400, text[400], text[400] + "G", "v")])[0])
+    assert all(np.isfinite(found["PLLR"]) for found in scores)
 
 
 def test_answers_per_base_give_gain_and_loss(both):
