@@ -31,6 +31,7 @@ from mamba2_apps.genomics.orfs import CODON_LABELS, decode_orfs, longest_orfs
 
 GENBANK = "data/chlamydia/ct.gbk.gz"
 SPLIT, DEVELOP = 834_015, 625_511
+WINDOW = 4096  # bases of a training sample, as the model is given them
 LEFT_OUT = {"pgm", "CT875"}
 BAR, AIM = 0.960, 0.975
 BIASES = (0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0)
@@ -123,7 +124,7 @@ def fit(key: str, folder: Path, develop: bool, overrides: list[str]) -> dict[str
     task = load(run).task
     region = (contig, start, end)
     answers, stitch = predict_bases(
-        task, {contig: sequence}, regions=[region], window=32768, overlap=8192
+        task, {contig: sequence}, regions=[region], window=WINDOW // 2, overlap=WINDOW // 4
     )
     chances, text = answers[region], sequence[start:end]
     columns = [task.labels.index(name) for name in CODON_LABELS]

@@ -248,7 +248,7 @@ class AnnotatedGenome(DataModule):
 
     @property
     def preprocessing(self) -> DNAPreprocessing:
-        return DNAPreprocessing(along=True)
+        return DNAPreprocessing(along=True, window=self.window)
 
     def prepare_model(self, model: nn.Module) -> None:
         check_tokens(self.preprocessing, model)

@@ -116,7 +116,7 @@ class Coverage(DataModule):
 
     @property
     def preprocessing(self) -> DNAPreprocessing:
-        return DNAPreprocessing(along=True)
+        return DNAPreprocessing(along=True, window=self.window)
 
     def prepare_model(self, model: nn.Module) -> None:
         check_tokens(self.preprocessing, model)

@@ -38,11 +38,14 @@ class DNAPreprocessing(Preprocessing):
         tokenizer: `kind` (base, kmer, bpe) and its options.
         length: bases that every input must have; None: any number.
         along: targets are one for each token or bin, (l,) or (l, k), and are padded as inputs are.
+        window: bases of a training sample that was cut from a genome; a scan gives a bidirectional
+            model as many at once, since more can make its answers worse.
     """
 
     tokenizer: dict[str, Any] = field(default_factory=lambda: {"kind": "base"})
     length: int | None = None
     along: bool = False
+    window: int | None = None
 
     suffixes: ClassVar[tuple[str, ...]] = (
         ".bed",

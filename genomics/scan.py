@@ -133,7 +133,7 @@ class Scan:
 
     @property
     def causal(self) -> bool:
-        return not self.model.backbone.config.bidirectional
+        return _is_causal(self.task)
 
     @property
     def labels(self) -> list[str]:
@@ -229,6 +229,10 @@ class Scan:
         return outputs.float().softmax(-1)
 
 
+def _is_causal(task: Any) -> bool:
+    return not task.model.backbone.config.bidirectional
+
+
 def predict_bases(
     task: Task,
     genome: Genome | Mapping[str, str],
@@ -244,7 +248,8 @@ def predict_bases(
         task: answers for each base.
         genome: a Genome, or sequences by name.
         regions: (contig, start, end), 0-based half-open; None: every contig.
-        window: bases computed at once, made up to whole bins.
+        window: bases computed at once, made up to whole bins; where they and the overlaps are more
+            than a training sample, a bidirectional model's answers can be worse.
         overlap: bases that a bidirectional model sees on either side of them, likewise.
         encode: sequence to token ids; None: base tokens.
     """
@@ -270,8 +275,8 @@ def answerer(
         *,
         region: RegionNames | None = None,
         label: list[str] | None = None,
-        window: int = 65536,
-        overlap: int = 4096,
+        window: int | None = None,
+        overlap: int | None = None,
         threshold: float = 0.5,
         decode: str | None = None,
     ) -> Iterator[dict[str, Any]]:
@@ -282,8 +287,10 @@ def answerer(
             region: such as chr2R:1-1,000,000, or a list, in any order; all contigs where it is
                 not given.
             label: of which labels to write; all where it is not given.
-            window: bases computed at once.
-            overlap: bases that a bidirectional model sees on either side of them.
+            window: bases that are computed at once and kept; half of a training sample for a
+                bidirectional model whose RUN says how long that was, else 65,536.
+            overlap: bases that a bidirectional model sees on either side of them; a quarter of a
+                training sample, else 4,096.
             threshold: probability from which BED calls a base.
             decode: orfs writes open reading frames instead, for labels of codon places; genes
                 writes genes with introns, for labels of splice sites, too.
@@ -297,6 +304,11 @@ def answerer(
         genome = open_sequences(sources[0])
         names = listed(region) if region else list(genome)
         regions = _in_order([parse_region(name, genome) for name in names], genome)
+        trained = None if _is_causal(task) else preprocessing.window
+        if window is None:
+            window = trained // 2 if trained else 65536
+        if overlap is None:
+            overlap = trained // 4 if trained else 4096
         scan = Scan(task, genome, regions, window, overlap, preprocessing.tokens.encode)
         if stream and not scan.causal:
             raise ValueError(

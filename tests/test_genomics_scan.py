@@ -136,6 +136,22 @@ def test_bins_of_bases_are_scanned(kind):
         assert len(values) - len(expected) < 8
 
 
+@pytest.mark.parametrize("bidirectional", [True, False])
+def test_a_scan_gives_a_bidirectional_model_what_it_was_trained_on(
+    bidirectional, fasta, tmp_path, monkeypatch
+):
+    task = task_of(TokenMultiLabel, TokenHead, ["a"], bidirectional=bidirectional)
+    scans, made = [], scanning.Scan
+    monkeypatch.setattr(scanning, "Scan", lambda *a: scans.append(made(*a)) or scans[-1])
+    for window, options in ((None, {}), (200, {}), (200, {"window": 300, "overlap": 7})):
+        answer = DNAPreprocessing(window=window).answerer(
+            [str(fasta)], output=tmp_path / "o.bed", stream=False
+        )
+        list(answer(task, **options))
+    ours = (100, 50) if bidirectional else (65536, 4096)
+    assert [(s.window, s.overlap) for s in scans] == [(65536, 4096), ours, (300, 7)]
+
+
 def run_answerer(task, sources, output, *, stream=False, **options):
     answer = DNAPreprocessing().answerer(sources, output=output, stream=stream)
     return list(answer(task, **options))
