@@ -42,6 +42,8 @@ BAR, AIM, AUROC_BAR = 0.88, 0.93, 0.995
 FLANK, BOOTSTRAPS = 60, 1000
 CONTEXT = 500
 """Bases on either side of a gene that the model is given."""
+WINDOW = 8192
+"""Bases that it is given at once, as in training."""
 NEAR = slice(FLANK - 4, FLANK + 8)
 """Bases around a site that have weights."""
 
@@ -186,12 +188,13 @@ def donors_of(
     values, decoded = np.empty(len(sites.gene)), np.empty(len(sites.gene))
     for index, gene in enumerate(genes):
         start, end = max(gene.start - CONTEXT, 0), min(gene.end + CONTEXT, genome[gene.contig])
-        region = (gene.contig, start, end)
-        answers, _ = predict_bases(task, genome, regions=[region], window=end - start, overlap=0)
+        text = genome.fetch(gene.contig, start, end)
+        spans = {"window": WINDOW // 2, "overlap": WINDOW // 4}
+        (answers,) = predict_bases(task, {"gene": text}, **spans)[0].values()
         mine = sites.gene == index
         at, label = sites.place[mine] - start, f"donor{gene.strand}"
-        values[mine] = answers[region][at, task.labels.index(label)]
-        posteriors = splice_posteriors(genome.fetch(*region), answers[region], task.labels)
+        values[mine] = answers[at, task.labels.index(label)]
+        posteriors = splice_posteriors(text, answers, task.labels)
         decoded[mine] = posteriors[at, SPLICE_LABELS.index(label)]
     return values, decoded
 
