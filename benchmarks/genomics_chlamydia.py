@@ -31,7 +31,6 @@ from mamba2_apps.genomics.orfs import CODON_LABELS, decode_orfs, longest_orfs
 
 GENBANK = "data/chlamydia/ct.gbk.gz"
 SPLIT, DEVELOP = 834_015, 625_511
-WINDOW = 4096  # bases of a training sample, as the model is given them
 LEFT_OUT = {"pgm", "CT875"}
 BAR, AIM = 0.960, 0.975
 BIASES = (0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0)
@@ -113,7 +112,7 @@ def baseline() -> dict[str, Any]:
 def fit(key: str, folder: Path, develop: bool, overrides: list[str]) -> dict[str, Any]:
     """Train with one seed and test."""
     from mamba2_apps import load
-    from mamba2_apps.genomics.scan import predict_bases
+    from mamba2_apps.genomics.scan import predict_bases, spans_of
 
     seed = int(key.split("=")[1])
     contig, sequence, classes, counted = truth()
@@ -121,11 +120,10 @@ def fit(key: str, folder: Path, develop: bool, overrides: list[str]) -> dict[str
     held = [f"{contig}:{start + 1:,}-{len(sequence):,}"]
     words = [f"--data.test_regions={held}", *overrides, f"--seed={seed}"]
     run, metrics = train_into(folder, key, "genomics/bacterial-cds", words)
-    task = load(run).task
+    model = load(run)
+    task, spans = model.task, spans_of(model.preprocessing.window)
     region = (contig, start, end)
-    answers, stitch = predict_bases(
-        task, {contig: sequence}, regions=[region], window=WINDOW // 2, overlap=WINDOW // 4
-    )
+    answers, stitch = predict_bases(task, {contig: sequence}, regions=[region], **spans)
     chances, text = answers[region], sequence[start:end]
     columns = [task.labels.index(name) for name in CODON_LABELS]
     forward, reverse = chances[:, columns[:3]].max(1), chances[:, columns[3:]].max(1)

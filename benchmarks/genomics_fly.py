@@ -183,14 +183,13 @@ def donors_of(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Probabilities of a donor at each site: the model's, and decoded ones, of the same answers."""
     from mamba2_apps.genomics.gene_structure import SPLICE_LABELS, splice_posteriors
-    from mamba2_apps.genomics.scan import predict_bases
+    from mamba2_apps.genomics.scan import predict_bases, spans_of
 
     values, decoded = np.empty(len(sites.gene)), np.empty(len(sites.gene))
     for index, gene in enumerate(genes):
         start, end = max(gene.start - CONTEXT, 0), min(gene.end + CONTEXT, genome[gene.contig])
         text = genome.fetch(gene.contig, start, end)
-        spans = {"window": WINDOW // 2, "overlap": WINDOW // 4}
-        (answers,) = predict_bases(task, {"gene": text}, **spans)[0].values()
+        (answers,) = predict_bases(task, {"gene": text}, **spans_of(WINDOW))[0].values()
         mine = sites.gene == index
         at, label = sites.place[mine] - start, f"donor{gene.strand}"
         values[mine] = answers[at, task.labels.index(label)]

@@ -233,6 +233,11 @@ def _is_causal(task: Any) -> bool:
     return not task.model.backbone.config.bidirectional
 
 
+def spans_of(sample: int) -> dict[str, int]:
+    """Window and overlap that give a bidirectional model a training sample's bases at once."""
+    return {"window": sample // 2, "overlap": sample // 4}
+
+
 def predict_bases(
     task: Task,
     genome: Genome | Mapping[str, str],
@@ -304,11 +309,11 @@ def answerer(
         genome = open_sequences(sources[0])
         names = listed(region) if region else list(genome)
         regions = _in_order([parse_region(name, genome) for name in names], genome)
-        trained = None if _is_causal(task) else preprocessing.window
-        if window is None:
-            window = trained // 2 if trained else 65536
-        if overlap is None:
-            overlap = trained // 4 if trained else 4096
+        spans = {"window": 65536, "overlap": 4096}
+        if preprocessing.window is not None and not _is_causal(task):
+            spans = spans_of(preprocessing.window)
+        window = spans["window"] if window is None else window
+        overlap = spans["overlap"] if overlap is None else overlap
         scan = Scan(task, genome, regions, window, overlap, preprocessing.tokens.encode)
         if stream and not scan.causal:
             raise ValueError(
