@@ -7,6 +7,7 @@ from lightning import Trainer
 from sklearn.metrics import average_precision_score, matthews_corrcoef, roc_auc_score
 from torch import nn
 from torch.utils.data import DataLoader
+from torchmetrics.classification import BinaryAUROC, BinaryAveragePrecision
 
 from mamba2_apps import reports
 from mamba2_apps.backbone import BackboneConfig
@@ -26,6 +27,7 @@ from mamba2_apps.tasks import (
 )
 from mamba2_apps.tasks.classification import balanced_weights
 from mamba2_apps.tasks.pretraining import hidden_tokens
+from mamba2_apps.tasks.tokens import AUROC, AveragePrecision
 
 SCORES = {"auroc": roc_auc_score, "average_precision": average_precision_score}
 LABELS = ["a", "b", "c"]
@@ -306,6 +308,21 @@ def test_labels_of_tokens_overlap_and_may_be_unknown():
     assert [(s["start"], s["end"], s["label"]) for s in answer["segments"]] == [
         (0, 4, "a"), (0, 4, "b"), (0, 4, "c"),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"), [(AUROC, BinaryAUROC), (AveragePrecision, BinaryAveragePrecision)]
+)
+def test_scores_at_thresholds_count_as_torchmetrics_does(ours, theirs):
+    chances = torch.rand(300)
+    chances[::7] = torch.linspace(0, 1, 21)[torch.randint(21, (43,))]  # thresholds themselves
+    present = (torch.rand(300) < chances).long()
+    scores = ours(thresholds=21), theirs(thresholds=21)
+    for score in scores:
+        for part in (slice(100), slice(100, None)):
+            score.update(chances[part], present[part])
+    assert torch.equal(scores[0].confmat, scores[1].confmat)
+    assert torch.equal(scores[0].compute(), scores[1].compute())
 
 
 def test_labels_of_tokens_count_as_their_weights_say():

@@ -109,8 +109,20 @@ class TokenClassification(Task):
 class OfBothValues(BinaryPrecisionRecallCurve):
     """Mixed into a score of a curve: NaN, as `LabelMean`'s, where all targets are 0 or all are 1.
 
-    torchmetrics would give 0 or 1 there, which says nothing of the model.
+    torchmetrics would give 0 or 1 there, which says nothing of the model. It also looks at all
+    tokens once for each threshold; here they are sorted into bins, and the counts are the same.
     """
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        """Add probabilities (n,) float and whether the label is present, (n,) 0 or 1."""
+        if self.thresholds is None:
+            super().update(preds, target)
+            return
+        bins = len(self.thresholds) + 1
+        reached = torch.searchsorted(self.thresholds, preds.to(self.thresholds.dtype), right=True)
+        counts = torch.bincount(reached + bins * target, minlength=2 * bins).view(2, bins)
+        below = counts.cumsum(1)[:, :-1].T  # (thresholds, 2): targets 0 and 1
+        self.confmat += torch.stack([below, counts.sum(1) - below], dim=-1)
 
     def compute(self) -> Any:
         if self.thresholds is None:
@@ -188,7 +200,7 @@ class TokenMultiLabel(AnyLabels):
         self, metrics: MetricCollection, outputs: Tensor, batch: dict[str, Any]
     ) -> None:
         known = ~batch["targets"].isnan()
-        metrics.update(outputs[known].sigmoid(), (batch["targets"][known] >= 0.5).long())
+        metrics.update(outputs[known].float().sigmoid(), (batch["targets"][known] >= 0.5).long())
 
     def predictions(self, outputs: Tensor, batch: dict[str, Any]) -> list[dict[str, Any]]:
         """Segments where a label is present: "start" and "end" in tokens, half-open, "label"."""
