@@ -1,11 +1,10 @@
-"""What a Mamba-2 block does between its two projections, as one operator.
+"""What a Mamba-2 block does after its first projection, as one operator.
 
-Dimension legend: batch b · seqlen l · nheads h · headdim p · ngroups g · dstate n
+Dimension legend: batch b · seqlen l · nheads h · headdim p · ngroups g · dstate n · d_model d
 """
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -43,7 +42,7 @@ def conv_ssd_norm(
     projection: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Convolution with SiLU over (x, B, C), scan, and norm beside the gate z.
+    """Convolution with SiLU over (x, B, C), scan, norm beside the gate z, and a projection, if any.
 
     It equals these operators called one after the other, with dt through softplus. One after the
     other, each would give its inputs' gradients a tensor of their own, to be copied together into
@@ -61,53 +60,34 @@ def conv_ssd_norm(
         headdim, ngroups, d_state: p, g and n.
         group_size: channels that share an RMS. None: h p.
         projection: (d, h p), the weight of the block's second projection; its products are then
-            the answer, (b, l, d). Without gradients, since a backward needs what it multiplies.
+            the answer. What it multiplies is not kept for the backward.
         Others as in `ssd` and `gated_rms_norm`.
 
     Returns:
-        (b, l, h p) in zxBCdt's dtype.
+        (b, l, h p), or (b, l, d) with a projection, in zxBCdt's dtype.
 
     Raises:
         ValueError: an argument's shape, dtype, device or value is not as above.
-        RuntimeError: the backend asked for cannot run here; a projection where gradients are
-            recorded.
+        RuntimeError: the backend asked for cannot run here.
     """
     (zxBCdt,) = autocast(zxBCdt)
-    tensors = zxBCdt, conv_weight, conv_bias, dt_bias, A, D, norm_weight, cu_seqlens
+    tensors = zxBCdt, conv_weight, conv_bias, dt_bias, A, D, norm_weight, projection, cu_seqlens
     _check(*tensors, headdim, ngroups, d_state, dt_limit)
     group_size = group_size or norm_weight.shape[0]
     options = eps, group_size, norm_before_gate
-    if projection is not None:
-        _check_projection(projection, norm_weight, zxBCdt)
     if resolve_backend(backend, zxBCdt) == "triton":
         from . import conv_ssd_norm_triton
 
         limits = float(dt_limit[0]), float(dt_limit[1])
         settings = headdim, ngroups, d_state, *limits, *options
-        if projection is None:
-            return conv_ssd_norm_triton.conv_ssd_norm(*tensors, *settings)
-        return conv_ssd_norm_triton.conv_ssd_norm_linear(
-            *tensors[:7], projection, cu_seqlens, *settings
-        )
-    y = _torch(*tensors, headdim, ngroups, d_state, dt_limit, *options)
-    return y if projection is None else F.linear(y, projection.to(y.dtype))
-
-
-def _check_projection(projection: Tensor, norm_weight: Tensor, zxBCdt: Tensor) -> None:
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (projection, norm_weight, zxBCdt)):
-        raise RuntimeError(
-            "projection was given while gradients are recorded; call under torch.no_grad(), or "
-            "multiply by it afterwards"
-        )
-    if projection.dim() != 2 or projection.shape[1] != norm_weight.shape[0]:
-        raise ValueError(
-            f"projection has shape {tuple(projection.shape)}, expected (d, {norm_weight.shape[0]})"
-        )
+        return conv_ssd_norm_triton.conv_ssd_norm(*tensors, *settings)
+    return _torch(*tensors, headdim, ngroups, d_state, dt_limit, *options)
 
 
 def _check(
-    zxBCdt, conv_weight, conv_bias, dt_bias, A, D, norm_weight, cu_seqlens, p, g, n, dt_limit
-) -> None:
+    zxBCdt, conv_weight, conv_bias, dt_bias, A, D, norm_weight, projection, cu_seqlens, p, g, n,
+    dt_limit,
+) -> None:  # fmt: skip
     check_same_dtype(zxBCdt)
     if A.dim() not in (1, 2) or (A.dim() == 2 and A.shape[0] != 2):
         raise ValueError(f"A has shape {tuple(A.shape)}, expected (h,) or (2, h)")
@@ -132,9 +112,15 @@ def _check(
     if D is not None:
         check_tensor("D", D, (h, p) if D.dim() == 2 else (h,), zxBCdt)
     check_tensor("norm_weight", norm_weight, (h * p,), zxBCdt)
+    if projection is not None:
+        if projection.dim() != 2 or projection.shape[1] != h * p:
+            raise ValueError(
+                f"projection has shape {tuple(projection.shape)}, expected (d, {h * p})"
+            )
+        check_tensor("projection", projection, (projection.shape[0], h * p), zxBCdt)
     check_parameter_dtype(
         zxBCdt, conv_weight=conv_weight, conv_bias=conv_bias, dt_bias=dt_bias, A=A, D=D,
-        norm_weight=norm_weight,
+        norm_weight=norm_weight, projection=projection,
     )  # fmt: skip
     check_limits("dt_limit", dt_limit)
     if cu_seqlens is not None:
@@ -142,8 +128,8 @@ def _check(
 
 
 def _torch(
-    zxBCdt, conv_weight, conv_bias, dt_bias, A, D, norm_weight, cu_seqlens, p, g, n, dt_limit,
-    eps, group_size, norm_before_gate,
+    zxBCdt, conv_weight, conv_bias, dt_bias, A, D, norm_weight, projection, cu_seqlens, p, g, n,
+    dt_limit, eps, group_size, norm_before_gate,
 ) -> Tensor:  # fmt: skip
     """The definition."""
     h = A.shape[-1]
@@ -162,7 +148,8 @@ def _torch(
         dt_bias=dt_bias, dt_softplus=True, dt_limit=dt_limit, cu_seqlens=cu_seqlens,
         backend="torch",
     )  # fmt: skip
-    return gated_rms_norm(
+    y = gated_rms_norm(
         y.flatten(-2), norm_weight, z, eps=eps, group_size=group_size,
         norm_before_gate=norm_before_gate, backend="torch",
     )  # fmt: skip
+    return y if projection is None else F.linear(y, projection.to(y.dtype))

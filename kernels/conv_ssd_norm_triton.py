@@ -2,10 +2,10 @@
 
 Registered as torch.ops.mamba2_apps.conv_ssd_norm_triton and ..._backward. Arguments are taken as
 checked: `conv_ssd_norm.py` does that and says what the op computes. Kept for the backward beside
-the inputs: what the scan gave. The convolution is done again there, as in mamba_ssm: its output
-would be a fifth of what a block keeps.
+the inputs: what the scan gave. The convolution is done again there, as in mamba_ssm, and so is the
+norm's output where a projection needs it: each would be a fifth of what a block keeps.
 
-Dimension legend: batch b · seqlen l · nheads h · headdim p · ngroups g · dstate n
+Dimension legend: batch b · seqlen l · nheads h · headdim p · ngroups g · dstate n · d_model d
 """
 
 from typing import Any, NamedTuple
@@ -60,6 +60,7 @@ def _forward(
     A: Tensor,
     D: Tensor | None,
     norm_weight: Tensor,
+    projection: Tensor | None,
     cu_seqlens: Tensor | None,
     headdim: int,
     ngroups: int,
@@ -70,19 +71,19 @@ def _forward(
     group_size: int,
     norm_before_gate: bool,
 ) -> tuple[Tensor, Tensor]:
-    """y, and for the backward what the scan gave."""
+    """y (b, l, h p), or its products (b, l, d), and for the backward what the scan gave."""
     z, scanned = _scanned(
         zxBCdt, conv_weight, conv_bias, dt_bias, A, D, cu_seqlens, headdim, ngroups, d_state, low,
         high,
     )  # fmt: skip
-    y = gated_rms_norm_triton._forward(scanned, norm_weight, z, eps, group_size, norm_before_gate)
-    return y, scanned
+    norm = eps, group_size, norm_before_gate
+    return _normed(scanned, z, norm_weight, projection, *norm), scanned
 
 
 def _scanned(
     zxBCdt, conv_weight, conv_bias, dt_bias, A, D, cu_seqlens, headdim, ngroups, d_state, low, high
 ) -> tuple[Tensor, Tensor]:
-    """z, a view, and what the scan gives, (b, l, h p)."""
+    """z, a view, and what the scan gives, (b, l, h p). The convolution's output ends in here."""
     sizes = _Sizes(A.shape[-1], headdim, ngroups, d_state, A.dim())
     z, xBC, dt = sizes.parts(zxBCdt.contiguous())
     x, B, C = sizes.split(_convolved(xBC, conv_weight, conv_bias, cu_seqlens))
@@ -92,6 +93,23 @@ def _scanned(
     return z, scanned.view(z.shape)
 
 
+def _normed(
+    scanned: Tensor,
+    z: Tensor,
+    weight: Tensor,
+    projection: Tensor | None,
+    eps: float,
+    group_size: int,
+    norm_before_gate: bool,
+) -> Tensor:
+    if projection is not None:
+        projection = projection.to(scanned.dtype)
+        if norm_linear_triton.serves(scanned, projection, group_size, norm_before_gate):
+            return norm_linear_triton.norm_linear(scanned, z, weight, projection, eps)
+    y = gated_rms_norm_triton._forward(scanned, weight, z, eps, group_size, norm_before_gate)
+    return y if projection is None else F.linear(y, projection)
+
+
 def _convolved(
     xBC: Tensor, weight: Tensor, bias: Tensor | None, cu_seqlens: Tensor | None
 ) -> Tensor:
@@ -99,16 +117,16 @@ def _convolved(
 
 
 def _forward_fake(
-    zxBCdt, conv_weight, conv_bias, dt_bias, A, D, norm_weight, cu_seqlens, headdim, ngroups,
-    d_state, low, high, eps, group_size, norm_before_gate,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    zxBCdt, conv_weight, conv_bias, dt_bias, A, D, norm_weight, projection, *rest
+) -> tuple[Tensor, Tensor]:
     b, l, _ = zxBCdt.shape
     inner = norm_weight.shape[0]
-    return zxBCdt.new_empty(b, l, inner), zxBCdt.new_empty(b, l, inner)
+    outputs = inner if projection is None else projection.shape[0]
+    return zxBCdt.new_empty(b, l, outputs), zxBCdt.new_empty(b, l, inner)
 
 
 def _backward(
-    dy: Tensor,
+    dout: Tensor,
     zxBCdt: Tensor,
     conv_weight: Tensor,
     conv_bias: Tensor | None,
@@ -116,6 +134,7 @@ def _backward(
     A: Tensor,
     D: Tensor | None,
     norm_weight: Tensor,
+    projection: Tensor | None,
     cu_seqlens: Tensor | None,
     scanned: Tensor,
     headdim: int,
@@ -126,21 +145,26 @@ def _backward(
     eps: float,
     group_size: int,
     norm_before_gate: bool,
+    projection_trains: bool,
 ) -> list[Tensor]:
-    """Gradients of the tensors in the forward's order, without those that are not there."""
+    """Gradients of the tensors in the forward's order, without those that are not there.
+
+    The projection's is there where it trains.
+    """
     sizes = _Sizes(A.shape[-1], headdim, ngroups, d_state, A.dim())
     zxBCdt = zxBCdt.contiguous()
     gradient = torch.empty_like(zxBCdt)
     (z, xBC, dt), (dz, dxBC, ddt) = sizes.parts(zxBCdt), sizes.parts(gradient)
+    dscanned, dnorm_weight, dprojection = _norm_backward(
+        dout, scanned, z, norm_weight, projection, eps, group_size, norm_before_gate,
+        projection_trains, dz,
+    )  # fmt: skip
     mixed = _convolved(xBC, conv_weight, conv_bias, cu_seqlens)
     dmixed = torch.empty_like(mixed)
     (x, B, C), (dx, dB, dC) = sizes.split(mixed), sizes.split(dmixed)
     used = z.shape[2] + xBC.shape[2] + A.numel()
     if used < zxBCdt.shape[2]:
         gradient[..., used:].zero_()
-    dscanned, dnorm_weight, _ = gated_rms_norm_triton._backward(
-        dy, scanned, norm_weight, z, eps, group_size, norm_before_gate, dz=dz
-    )
     _, _, dA, _, _, dD, _, ddt_bias, _ = ssd_triton._backward(
         dscanned.view(x.shape), None, x, dt, A, B, C, D, None, dt_bias, None, cu_seqlens, None,
         True, low, high, False, into=(dx, ddt, dB, dC),
@@ -154,33 +178,67 @@ def _backward(
     gradients += [ddt_bias, dA]
     if D is not None:
         gradients.append(dD)
-    return [*gradients, dnorm_weight]
+    gradients.append(dnorm_weight)
+    if dprojection is not None:
+        gradients.append(dprojection)
+    return gradients
 
 
-def _backward_fake(dy, *inputs) -> list[Tensor]:
-    return [t.new_empty(t.shape) for t in inputs[:7] if t is not None]
+def _norm_backward(
+    dout: Tensor,
+    scanned: Tensor,
+    z: Tensor,
+    weight: Tensor,
+    projection: Tensor | None,
+    eps: float,
+    group_size: int,
+    norm_before_gate: bool,
+    projection_trains: bool,
+    dz: Tensor,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of what the scan gave, of the norm's weight and of the projection; z's in `dz`.
+
+    y and its gradient live in here only: what comes after needs room of its own.
+    """
+    rows = dout.flatten(0, 1)
+    dy = rows if projection is None else rows @ projection.to(rows.dtype)
+    y = torch.empty_like(scanned) if projection_trains else None
+    dscanned, dweight, _ = gated_rms_norm_triton._backward(
+        dy, scanned, weight, z, eps, group_size, norm_before_gate, dz=dz, y=y
+    )
+    if projection is None or y is None:
+        return dscanned, dweight, None
+    return dscanned, dweight, (rows.T @ y.flatten(0, 1)).to(projection.dtype)
+
+
+def _backward_fake(dout, *inputs) -> list[Tensor]:
+    *others, projection = inputs[:8]
+    with_gradient = [*others, projection if inputs[-1] else None]
+    return [t.new_empty(t.shape) for t in with_gradient if t is not None]
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    tensors, ctx.settings = inputs[:8], inputs[8:]
+    tensors, ctx.settings = inputs[:9], inputs[9:]
     _, scanned = output
     ctx.mark_non_differentiable(scanned)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, scanned)
 
 
-def _differentiate(ctx, dy, _):
+def _differentiate(ctx, dout, _):
     saved = ctx.saved_tensors
-    direct = not torch.is_grad_enabled() and is_plain(dy, *saved)
+    direct = not torch.is_grad_enabled() and is_plain(dout, *saved)
     run: Any = _backward if direct else torch.ops.mamba2_apps.conv_ssd_norm_triton_backward
-    given = iter(run(dy, *saved, *ctx.settings))
+    trains = saved[7] is not None and ctx.needs_input_grad[7]
+    given = iter(run(dout, *saved, *ctx.settings, trains))
+    gradients = [None if t is None else next(given) for t in saved[:7]]
     # cu_seqlens and the settings have none.
-    return *(None if t is None else next(given) for t in saved[:7]), *(None,) * 9
+    return *gradients, next(given) if trains else None, *(None,) * 9
 
 
 _TENSORS = (
     "Tensor zxBCdt, Tensor conv_weight, Tensor? conv_bias, Tensor dt_bias, Tensor A, Tensor? D, "
-    "Tensor norm_weight, Tensor? cu_seqlens"
+    "Tensor norm_weight, Tensor? projection, Tensor? cu_seqlens"
 )
 _SETTINGS = (
     "SymInt headdim, SymInt ngroups, SymInt d_state, float low, float high, float eps, "
@@ -191,7 +249,7 @@ _Direct = register(
     f"({_TENSORS}, {_SETTINGS}) -> (Tensor, Tensor)",
     _forward,
     _forward_fake,
-    f"(Tensor dy, {_TENSORS}, Tensor scanned, {_SETTINGS}) -> Tensor[]",
+    f"(Tensor dout, {_TENSORS}, Tensor scanned, {_SETTINGS}, bool projection_trains) -> Tensor[]",
     _backward,
     _backward_fake,
     _differentiate,
@@ -199,57 +257,8 @@ _Direct = register(
 )
 
 
-def _forward_projected(
-    zxBCdt: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Tensor | None,
-    dt_bias: Tensor,
-    A: Tensor,
-    D: Tensor | None,
-    norm_weight: Tensor,
-    projection: Tensor,
-    cu_seqlens: Tensor | None,
-    headdim: int,
-    ngroups: int,
-    d_state: int,
-    low: float,
-    high: float,
-    eps: float,
-    group_size: int,
-    norm_before_gate: bool,
-) -> Tensor:
-    z, scanned = _scanned(
-        zxBCdt, conv_weight, conv_bias, dt_bias, A, D, cu_seqlens, headdim, ngroups, d_state, low,
-        high,
-    )  # fmt: skip
-    projection = projection.to(scanned.dtype)
-    if norm_linear_triton.serves(scanned, projection, group_size, norm_before_gate):
-        return norm_linear_triton.norm_linear(scanned, z, norm_weight, projection, eps)
-    y = gated_rms_norm_triton._forward(scanned, norm_weight, z, eps, group_size, norm_before_gate)
-    return F.linear(y, projection)
-
-
-torch.library.define(
-    "mamba2_apps::conv_ssd_norm_linear_triton",
-    f"({_TENSORS.replace('norm_weight', 'norm_weight, Tensor projection')}, {_SETTINGS}) -> Tensor",
-)
-torch.library.impl("mamba2_apps::conv_ssd_norm_linear_triton", ("cpu", "cuda"))(_forward_projected)
-
-
-@torch.library.register_fake("mamba2_apps::conv_ssd_norm_linear_triton")
-def _(zxBCdt, *rest) -> Tensor:
-    return zxBCdt.new_empty(*zxBCdt.shape[:2], rest[6].shape[0])
-
-
-def conv_ssd_norm_linear(*inputs: Any) -> Tensor:
-    """`kernels.conv_ssd_norm` with a projection, on checked arguments, without gradients."""
-    if is_plain(*inputs[:9]):
-        return _forward_projected(*inputs)
-    return torch.ops.mamba2_apps.conv_ssd_norm_linear_triton(*inputs)
-
-
 def conv_ssd_norm(*inputs: Any) -> Tensor:
     """`kernels.conv_ssd_norm` on checked arguments, in the order of `_forward`."""
-    run = _Direct.apply if is_plain(*inputs[:8]) else torch.ops.mamba2_apps.conv_ssd_norm_triton
+    run = _Direct.apply if is_plain(*inputs[:9]) else torch.ops.mamba2_apps.conv_ssd_norm_triton
     y, _ = run(*inputs)
     return y

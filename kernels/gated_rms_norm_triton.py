@@ -64,11 +64,13 @@ def _forward_kernel(
 
 @triton.jit(do_not_specialize=["n_rows", "n_steps", "eps"])
 def _backward_kernel(
-    dy_ptr, x_ptr, weight_ptr, z_ptr, dx_ptr, dz_ptr, partial_ptr,
+    dy_ptr, x_ptr, weight_ptr, z_ptr, dx_ptr, dz_ptr, y_ptr, partial_ptr,
     n_rows, n_steps, d, size, stride_dy, stride_x, stride_z, stride_dz, eps,
     NORM_BEFORE_GATE: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """dx and dz of n_steps * ROWS rows of one group, and their share of dweight."""
+    """dx, dz and, where it is given a place, y of n_steps * ROWS rows of one group, and their share
+    of dweight.
+    """
     n_groups = d // size
     first = (tl.program_id(0) % n_groups) * size
     share = tl.program_id(0) // n_groups
@@ -98,6 +100,11 @@ def _backward_kernel(
         dn = dy * weight
         scale = (1.0 / tl.sqrt_rn(tl.sum(v * v, axis=1) / size + eps))[:, None]
         n = v * scale
+        if y_ptr is not None:
+            y = n * weight
+            if z_ptr is not None and NORM_BEFORE_GATE:
+                y *= gate
+            tl.store(y_ptr + offset, y, mask=mask)
         dv = scale * (dn - n * (tl.sum(dn * n, axis=1) / size)[:, None])
         dweight += dy * n
         if z_ptr is not None:
@@ -153,12 +160,12 @@ class _Forward(Prepared):
 
 
 class _Backward(Prepared):
-    # dy, x, weight, z, dx, dz, partials, dweight
-    WALK = itemgetter(0, 1, 2, 3, 4, 5, 6)
-    SUM = itemgetter(6, 7)
+    # dy, x, weight, z, dx, dz, y, partials, dweight
+    WALK = itemgetter(0, 1, 2, 3, 4, 5, 6, 7)
+    SUM = itemgetter(7, 8)
 
     def __init__(self, tensors, eps: float, size: int, norm_before_gate: bool) -> None:
-        dy, x, _, z, _, dz = tensors
+        dy, x, _, z, _, dz, _ = tensors
         super().__init__(x.device)
         n_rows, d = x.shape
         channels = triton.next_power_of_2(size)
@@ -207,20 +214,23 @@ def _backward(
     group_size: int,
     norm_before_gate: bool,
     dz: Tensor | None = None,
+    y: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and z; z's in `dz` where that is given, a part of wider rows."""
+    """Gradients of x, weight and z; z's in `dz` where that is given, a part of wider rows.
+
+    Where `y` is given, contiguous and as large as x, the forward's result is written there again.
+    """
     with on(x.device):
         dx, dweight = x.new_empty(x.shape), weight.new_empty(weight.shape)
         if dz is None:
             dz = x.new_empty(0) if z is None else x.new_empty(z.shape)
-        tensors = (
-            _rows(dy), _rows(x), weight.contiguous(),
-            *((None, None) if z is None else (_rows(z), dz.view(-1, x.shape[-1]))),
-        )  # fmt: skip
-        dy, x, weight, z, to_dz = tensors
-        call = prepare(_Backward, (dy, x, weight, z, dx, to_dz), eps, group_size, norm_before_gate)
+        to_dz = None if z is None else dz.view(-1, x.shape[-1])
+        x, z = _rows(x), None if z is None else _rows(z)
+        dy, weight = _rows(dy), weight.contiguous()
+        tensors = dy, x, weight, z, dx, to_dz, y
+        call = prepare(_Backward, tensors, eps, group_size, norm_before_gate)
         partials = torch.empty(call.partials, dtype=torch.float32, device=x.device)
-        call.run((dy, x, weight, z, dx, to_dz, partials, dweight))
+        call.run((*tensors, partials, dweight))
     return dx, dweight, dz
 
 

@@ -1,10 +1,11 @@
-"""A gated RMS norm and the projection after it in one pass over the tokens, without gradients.
+"""A gated RMS norm and the projection after it in one pass over the tokens.
 
     out = W (x silu(z) w / rms(x silu(z)))
 
 The root mean square of a token is a factor of its whole row, so it can come after the product: a
 program multiplies rows of x silu(z) w by W while it adds up their squares, and divides at the end.
-The norm's output, which alone would be written and read once more, never reaches memory.
+The norm's output, which alone would be written and read once more, never reaches memory. There is
+no backward here: `conv_ssd_norm_triton` has it.
 
 Dimensions: rows m (tokens) · channels k · outputs n
 """

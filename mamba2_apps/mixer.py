@@ -383,9 +383,8 @@ class Mamba2(nn.Module):
             fill[sum(self._split_sizes[:-1]) :] = _DT_OF_PADDING
             zxBCdt = torch.where(padding, fill, zxBCdt)
         norm: Any = self.norm
-        # Without gradients the second projection is part of it, and the norm's output stays inside.
-        alone = is_linear(self.out_proj) and self.out_proj.bias is None
-        projects = alone and not torch.is_grad_enabled()
+        # With the second projection as part of it, the norm's output is not kept for the backward.
+        projects = is_linear(self.out_proj) and self.out_proj.bias is None
         y = conv_ssd_norm(
             zxBCdt,
             self.conv1d.weight.squeeze(1),
