@@ -103,6 +103,14 @@ def autocast(*tensors: Tensor | None) -> Any:
     return tuple(t.to(dtype) if t is not None and t.dtype != torch.float64 else t for t in tensors)
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that `autocast` gives x."""
+    device = x.device.type
+    if x.dtype == torch.float64 or device == "meta" or not torch.is_autocast_enabled(device):
+        return x.dtype
+    return torch.get_autocast_dtype(device)
+
+
 def no_autocast(x: Tensor) -> AbstractContextManager[None]:
     """Turns autocast off for x's device, where inner products would be cast to half again."""
     device = x.device.type

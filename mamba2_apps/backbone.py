@@ -27,7 +27,7 @@ from mamba2_apps.checkpoint import (
     load_weights,
     write_folder,
 )
-from mamba2_apps.checks import check_call, is_count, require
+from mamba2_apps.checks import check_call, has_hooks, is_count, require
 from mamba2_apps.mixer import Mamba2, Mamba2State
 from mamba2_apps.padding import LeftAligned
 
@@ -241,6 +241,8 @@ class Block(nn.Module):
         return_state: bool = False,
     ) -> tuple[Tensor, Any]:
         """(b, l, d) to (b, l, d) and the mixer's state, None unless asked for."""
+        if state is None and not return_state and self._is_one_operator(residual, lengths):
+            return self._mlp(self.mixer.add_to(residual, self.norm, lengths, cu_seqlens)), None
         mixed = self.mixer(
             self.norm(residual),
             lengths=lengths,
@@ -255,6 +257,16 @@ class Block(nn.Module):
         """One token, (b, d)."""
         mixed, state = self.mixer.step(self.norm(residual), state)
         return self._mlp(residual + mixed), state
+
+    def _is_one_operator(self, residual: Tensor, lengths: Tensor | None) -> bool:
+        """Whether the mixer's operator takes the norm before it and the addition after it, too."""
+        return (
+            isinstance(self.mixer, Mamba2)
+            and type(self.norm) is RMSNorm
+            and not has_hooks(self.norm)
+            and not (self.training and self.drop_path > 0)
+            and self.mixer.adds_itself(residual, lengths)
+        )
 
     def _mlp(self, residual: Tensor) -> Tensor:
         if self.mlp is None:

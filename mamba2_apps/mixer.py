@@ -15,16 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mamba2_apps import few_tokens, kernels
-from mamba2_apps.checks import check_call, is_count, is_linear, require
-from mamba2_apps.kernels import causal_conv1d, conv_ssd_norm, gated_rms_norm, ssd_step
-from mamba2_apps.kernels.dispatch import HALF, resolve_backend
+from mamba2_apps.checks import check_call, has_hooks, is_count, is_linear, require
+from mamba2_apps.kernels import causal_conv1d, conv_ssd_norm, gated_rms_norm, mamba2_block, ssd_step
+from mamba2_apps.kernels.block import DT_OF_PADDING, why_not_served
+from mamba2_apps.kernels.dispatch import HALF, autocast_dtype, resolve_backend
 from mamba2_apps.padding import LeftAligned, data_positions
 
 if TYPE_CHECKING:
     from mamba2_apps.parallel import ContextParallel
-
-# softplus of this plus any sane dt_bias is exactly 0 in every float type, and float16 can hold it.
-_DT_OF_PADDING = -1e4
 
 
 class Mamba2State(NamedTuple):
@@ -374,13 +372,58 @@ class Mamba2(nn.Module):
             and resolve_backend("auto", u) == "triton"
         )
 
+    def adds_itself(self, residual: Tensor, lengths: Tensor | None) -> bool:
+        """Whether `add_to` may take the place of a norm, this mixer and an addition.
+
+        It may without gradients, on Triton, in the sizes and types of `kernels.mamba2_block`, and
+        where nobody waits for a call of the mixer or of its parts.
+        """
+        if torch.is_grad_enabled() or not self._is_one_operator(residual, lengths):
+            return False
+        norm: Any = self.norm
+        dtype = autocast_dtype(self.in_proj.weight)
+        return (
+            type(self) is Mamba2
+            and not any(has_hooks(part) for part in (self, self.conv1d, norm))
+            and all(is_linear(p) and p.bias is None for p in (self.in_proj, self.out_proj))
+            and norm.group_size == self.d_ssm
+            and not norm.norm_before_gate
+            and why_not_served(residual, dtype, self.d_ssm) is None
+        )
+
+    def add_to(
+        self, residual: Tensor, norm: nn.RMSNorm, lengths: Tensor | None, cu_seqlens: Tensor | None
+    ) -> Tensor:
+        """residual + self(norm(residual)) as one operator, where `adds_itself` allows it."""
+        gated_norm: Any = self.norm
+        return mamba2_block(
+            residual,
+            norm.weight,
+            self.in_proj.weight,
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
+            self.dt_bias,
+            self._decay_rates(),
+            self._skip(),
+            gated_norm.weight,
+            self.out_proj.weight,
+            headdim=self.headdim,
+            ngroups=self.ngroups,
+            d_state=self.d_state,
+            dt_limit=self.dt_limit,
+            eps=cast(float, norm.eps),
+            gate_eps=gated_norm.eps,
+            lengths=lengths,
+            cu_seqlens=cu_seqlens,
+        )
+
     def _mix_at_once(self, u: Tensor, lengths: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
         """(b, l, d_model), of a whole sequence without states to carry."""
         zxBCdt = self._project_in_aligned(u)
         if lengths is not None and self.bidirectional:
             padding = ~data_positions(lengths, u.shape[1])[..., None]
             fill = zxBCdt.new_zeros(zxBCdt.shape[2])
-            fill[sum(self._split_sizes[:-1]) :] = _DT_OF_PADDING
+            fill[sum(self._split_sizes[:-1]) :] = DT_OF_PADDING
             zxBCdt = torch.where(padding, fill, zxBCdt)
         norm: Any = self.norm
         # With the second projection as part of it, the norm's output is not kept for the backward.
@@ -519,7 +562,7 @@ class Mamba2(nn.Module):
         if lengths is not None:
             padding = ~data_positions(lengths, dt.shape[1])[..., None]
             if self.dt_limit[0] == 0:
-                dt = dt.masked_fill(padding, _DT_OF_PADDING)
+                dt = dt.masked_fill(padding, DT_OF_PADDING)
             else:  # the clamp inside the op would raise a step of 0 to the lower limit
                 exact = dt.to(_at_least_float32(dt.dtype)) + self.dt_bias.flatten()
                 steps = F.softplus(exact).clamp(*self.dt_limit).masked_fill(padding, 0)

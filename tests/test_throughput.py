@@ -41,6 +41,24 @@ def test_a_mixers_projections_count_though_an_operator_may_take_their_weights(mo
     assert sum(taken) == sum(called) > 2 * 10 * mixer.in_proj.weight.numel()
 
 
+def test_counted_blocks_call_their_mixers(monkeypatch):
+    def fail(*_, **__):
+        raise AssertionError("called")
+
+    backbone, x = Backbone(BackboneConfig(64, 2, d_state=8, headdim=16)), torch.randn(1, 10, 64)
+    with counted_flops(backbone) as recorded:
+        backbone(x)
+    monkeypatch.setattr("mamba2_apps.mixer.resolve_backend", lambda *_: "triton")
+    monkeypatch.setattr("mamba2_apps.mixer.why_not_served", lambda *_: None)
+    monkeypatch.setattr("mamba2_apps.mixer.mamba2_block", fail)
+    with torch.no_grad():
+        with counted_flops(backbone) as counts:
+            backbone(x)
+        assert counts == recorded
+        with pytest.raises(AssertionError, match="called"):
+            backbone(x)
+
+
 def test_convolutions_and_attention_are_counted():
     stem = nn.Conv2d(3, 8, 4, stride=4)
     with counted_flops(stem) as counts:
