@@ -9,17 +9,19 @@ Dimension legend: batch b · seqlen l · channels d · width w
     pos  place of a token in its own sequence, in scan order
     tap k  the input k tokens before the current one, which meets weight[:, w - 1 - k]
 
-Forward: one program for a tile of tokens × channels; the w shifted reads of a tile hit L1.
-Backward: one program for RUNS runs of `run` tokens × channels, walked token by token in step. The
-last w inputs and the w gradients of inputs still open stay in registers, so that x and dy are read
-once, dx is written once and silu'(z) is computed once, but for w - 1 tokens after each run. Sums
-over tokens leave each program as fp32 partials, which a second kernel adds in a fixed order.
+Both passes: one program for RUNS runs of `run` tokens × channels, walked token by token in step.
+Forward: the last w inputs stay in registers, so that x is read once, but for w - 1 tokens before
+each run, and y is written once.
+Backward: the w gradients of inputs still open stay there too, so that x and dy are read once, dx is
+written once and silu'(z) is computed once, but for w - 1 tokens after each run. Sums over tokens
+leave each program as fp32 partials, which a second kernel adds in a fixed order.
 """
 
 # mypy: disable-error-code="assignment"
 # (a kernel's tuples grow, and Triton takes no annotation that would say so)
 
 from operator import itemgetter
+from typing import NamedTuple
 
 import torch
 import triton
@@ -30,17 +32,22 @@ from .dispatch import is_plain
 from .launching import Launch, Prepared, on, prepare
 from .registration import register
 
-TILE_TOKENS = 16  # forward: tokens a program
-FORWARD_CHANNELS = 128
-FORWARD_WARPS = 4
-RUNS = 4  # backward: runs a program; fewer for wide filters, whose taps take the registers
-STRETCH = 4  # backward: tokens of a run that are loaded at once; 1 for filters wider than 4 taps,
-# whose unrolled code would take many seconds to compile
-BACKWARD_CHANNELS = 64
-BACKWARD_WARPS = 1
-MAX_RUN = 61  # backward: tokens a run; shorter where that leaves too few programs to fill a GPU
-MIN_RUN = 8
-MANY_PROGRAMS = 1024
+
+class Cut(NamedTuple):
+    """How the tokens and channels of a call are cut into programs."""
+
+    channels: int  # a program
+    runs: int  # a program; fewer for wide filters, whose taps take the registers
+    stretch: int  # tokens of a run that are loaded at once; 1 for filters wider than 4 taps, whose
+    # unrolled code would take many seconds to compile
+    warps: int
+    min_run: int  # tokens
+    max_run: int  # tokens; shorter runs where these leave too few programs to fill a GPU
+    programs: int  # enough to fill it
+
+
+FORWARD = Cut(channels=128, runs=1, stretch=16, warps=1, min_run=16, max_run=64, programs=4096)
+BACKWARD = Cut(channels=64, runs=4, stretch=4, warps=1, min_run=8, max_run=61, programs=1024)
 
 
 @triton.jit
@@ -102,12 +109,12 @@ def _load_state(ptr, index, slot, c, d, WIDTH: tl.constexpr, wanted):
     return tl.load(ptr + row * d + c, mask=mask, other=0.0).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["l", "n_seq", "n_halvings", "n_tiles", "n_tile_programs"])
+@triton.jit(do_not_specialize=["l", "n_seq", "n_halvings", "n_tiles", "n_tile_programs", "run"])
 def _forward_kernel(
     x_ptr, w_ptr, bias_ptr, initial_ptr, cu_ptr, y_ptr, final_ptr,
-    l, d, n_seq, n_halvings, n_tiles, n_tile_programs, stride_xb, stride_xl, stride_xd,
+    l, d, n_seq, n_halvings, n_tiles, n_tile_programs, run, stride_xb, stride_xl, stride_xd,
     WIDTH: tl.constexpr, SILU: tl.constexpr, REVERSE: tl.constexpr,
-    TOKENS: tl.constexpr, CHANNELS: tl.constexpr, SLOTS: tl.constexpr,
+    RUNS: tl.constexpr, STRETCH: tl.constexpr, CHANNELS: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """Programs for the tiles of y come first, then those for the final states."""
     program = tl.program_id(0)
@@ -116,8 +123,8 @@ def _forward_kernel(
     if program < n_tile_programs:
         _forward_tile(
             x_ptr, w_ptr, bias_ptr, initial_ptr, cu_ptr, y_ptr, block, program // n_blocks,
-            l, d, n_seq, n_halvings, n_tiles, stride_xb, stride_xl, stride_xd,
-            WIDTH, SILU, REVERSE, TOKENS, CHANNELS,
+            l, d, n_seq, n_halvings, n_tiles, run, stride_xb, stride_xl, stride_xd,
+            WIDTH, SILU, REVERSE, RUNS, STRETCH, CHANNELS,
         )  # fmt: skip
     elif final_ptr is not None:
         _final_state(
@@ -129,36 +136,76 @@ def _forward_kernel(
 @triton.jit
 def _forward_tile(
     x_ptr, w_ptr, bias_ptr, initial_ptr, cu_ptr, y_ptr, block, tile,
-    l, d, n_seq, n_halvings, n_tiles, stride_xb, stride_xl, stride_xd,
+    l, d, n_seq, n_halvings, n_tiles, run, stride_xb, stride_xl, stride_xd,
     WIDTH: tl.constexpr, SILU: tl.constexpr, REVERSE: tl.constexpr,
-    TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
+    RUNS: tl.constexpr, STRETCH: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """y of one tile of tokens × channels."""
+    """y of RUNS runs of tokens; a run is a multiple of STRETCH."""
     c = block * CHANNELS + tl.arange(0, CHANNELS)[None, :]
     batch = tile // n_tiles
-    q = (tile % n_tiles) * TOKENS + tl.arange(0, TOKENS)[:, None]
+    q = ((tile % n_tiles) * RUNS + tl.arange(0, RUNS)[:, None]) * run
     m = batch + q * 0
     if cu_ptr is not None:
         m = _sequence_of(cu_ptr, q, n_seq, n_halvings, l, REVERSE)
-    index, start, _ = _sequence_bounds(cu_ptr, m, n_seq, l, REVERSE)
-    pos = q - start
+    index, start, end = _sequence_bounds(cu_ptr, m, n_seq, l, REVERSE)
     x_ptr += batch.to(tl.int64) * stride_xb
     y_ptr += batch.to(tl.int64) * l * d
+    x_step = stride_xl
+    y_step = d
+    if REVERSE:
+        x_step = -stride_xl
+        y_step = -d
 
-    z = tl.zeros([TOKENS, CHANNELS], tl.float32)
+    bias = tl.zeros([RUNS, CHANNELS], tl.float32)
     if bias_ptr is not None:
-        z += tl.load(bias_ptr + c, mask=c < d, other=0.0).to(tl.float32)
+        # In one dimension: as a row its alignment would decide the layout of x's loads.
+        at = block * CHANNELS + tl.arange(0, CHANNELS)
+        bias += tl.load(bias_ptr + at, mask=at < d, other=0.0).to(tl.float32)[None, :]
+    weights = ()  # by tap
+    before = ()  # the inputs 1 … w - 1 tokens back, with those of the initial state
     for k in tl.static_range(WIDTH):
-        inside = (pos >= k) & (q < l)
-        tap = _load_token(x_ptr, q - k, c, l, d, stride_xl, stride_xd, REVERSE, inside)
-        if initial_ptr is not None and k > 0:
-            outside = (pos < k) & (q < l)
-            tap += _load_state(initial_ptr, index, pos - k + WIDTH - 1, c, d, WIDTH, outside)
         w = tl.load(w_ptr + c * WIDTH + (WIDTH - 1 - k), mask=c < d, other=0.0)
-        z += w.to(tl.float32) * tap
-    if SILU:
-        z *= tl.sigmoid(z)
-    tl.store(y_ptr + _token(q, l, REVERSE) * d + c, z, mask=(q < l) & (c < d))
+        weights = weights + (w.to(tl.float32),)
+        if k > 0:
+            pos = q - start
+            tap = _load_token(x_ptr, q - k, c, l, d, stride_xl, stride_xd, REVERSE, pos >= k)
+            if initial_ptr is not None:
+                slot = pos - k + WIDTH - 1
+                tap += _load_state(initial_ptr, index, slot, c, d, WIDTH, pos < k)
+            before = before + (tap,)
+
+    i = 0
+    while i < run:
+        token = _token(q, l, REVERSE)
+        x_at = x_ptr + token * stride_xl + c * stride_xd
+        y_at = y_ptr + token * d + c
+        # All loads of a stretch are on their way before its first token is worked on.
+        xs = ()
+        for u in tl.static_range(STRETCH):
+            xs = xs + (tl.load(x_at, mask=(q + u < l) & (c < d), other=0.0),)
+            x_at += x_step
+        for u in tl.static_range(STRETCH):
+            window = (xs[u].to(tl.float32),) + before
+            z = bias
+            for k in tl.static_range(WIDTH):
+                z += weights[k] * window[k]
+            if SILU:
+                z *= tl.sigmoid(z)
+            tl.store(y_at, z, mask=(q < l) & (c < d))
+            y_at += y_step
+            before = window[:-1]
+            q += 1
+            if cu_ptr is not None:
+                m = tl.where((q >= end) & (m < n_seq - 1), m + 1, m)
+                index, start, end = _sequence_bounds(cu_ptr, m, n_seq, l, REVERSE)
+                before = ()
+                for k in tl.static_range(1, WIDTH):
+                    tap = tl.where(q == start, 0.0, window[k - 1])
+                    if initial_ptr is not None:
+                        slot = q - start - k + WIDTH - 1
+                        tap += _load_state(initial_ptr, index, slot, c, d, WIDTH, q == start)
+                    before = before + (tap,)
+        i += STRETCH
 
 
 @triton.jit
@@ -404,8 +451,14 @@ def _pack(x: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int]:
     return n_seq, (n_seq - 1).bit_length()
 
 
-def _block_of_channels(d: int, most: int) -> int:
-    return min(most, triton.next_power_of_2(d))
+def _divide(cut: Cut, x: Tensor, width: int) -> tuple[int, int, int, int]:
+    """Channels a program, runs a program, tokens a stretch and at most how many a run."""
+    b, l, d = x.shape
+    channels = min(cut.channels, triton.next_power_of_2(d))
+    runs = max(1, min(cut.runs, 32 // triton.next_power_of_2(width)))
+    run = b * l * triton.cdiv(d, channels) // (runs * cut.programs)
+    stretch = cut.stretch if width <= 4 else 1
+    return channels, runs, stretch, min(cut.max_run, max(cut.min_run, run))
 
 
 class _Forward(Prepared):
@@ -413,19 +466,22 @@ class _Forward(Prepared):
     ALL = itemgetter(0, 1, 2, 3, 4, 5, 6)
 
     def __init__(self, tensors, silu: bool, reverse: bool) -> None:
-        x, weight, _, _, cu_seqlens, _, final = tensors
+        x, weight, _, initial_states, cu_seqlens, _, final = tensors
         super().__init__(x.device)
         (b, l, d), width = x.shape, weight.shape[1]
         n_seq, n_halvings = _pack(x, cu_seqlens)
-        channels = _block_of_channels(d, FORWARD_CHANNELS)
-        n_blocks, n_tiles = triton.cdiv(d, channels), triton.cdiv(l, TILE_TOKENS)
+        channels, runs, stretch, run = _divide(FORWARD, x, width)
+        if cu_seqlens is not None and initial_states is not None:
+            stretch = triton.cdiv(stretch, 2)  # 16 such tokens, unrolled, take 10 s to compile
+        run = triton.cdiv(run, stretch) * stretch
+        n_blocks, n_tiles = triton.cdiv(d, channels), triton.cdiv(l, runs * run)
         programs = b * n_tiles * n_blocks
         rest = (
-            l, d, n_seq, n_halvings, n_tiles, programs, *x.stride(), width, silu, reverse,
-            TILE_TOKENS, channels, triton.next_power_of_2(width),
+            l, d, n_seq, n_halvings, n_tiles, programs, run, *x.stride(), width, silu, reverse,
+            runs, stretch, channels, triton.next_power_of_2(width),
         )  # fmt: skip
         programs += (final is not None) * n_seq * n_blocks
-        self.launches = [Launch(_forward_kernel, programs, FORWARD_WARPS, self.ALL, rest)]
+        self.launches = [Launch(_forward_kernel, programs, FORWARD.warps, self.ALL, rest)]
 
 
 class _Backward(Prepared):
@@ -439,24 +495,21 @@ class _Backward(Prepared):
         super().__init__(x.device)
         (b, l, d), width = x.shape, weight.shape[1]
         n_seq, n_halvings = _pack(x, cu_seqlens)
-        channels = _block_of_channels(d, BACKWARD_CHANNELS)
-        n_blocks = triton.cdiv(d, channels)
-        runs = max(1, min(RUNS, 32 // triton.next_power_of_2(width)))
-        run = min(MAX_RUN, max(MIN_RUN, b * l * n_blocks // (runs * MANY_PROGRAMS)))
-        n_tiles = triton.cdiv(l, runs * run)
+        channels, runs, stretch, run = _divide(BACKWARD, x, width)
+        n_blocks, n_tiles = triton.cdiv(d, channels), triton.cdiv(l, runs * run)
         run = triton.cdiv(l, runs * n_tiles)
         rows = width + (bias is not None)
         self.partials = b * n_tiles, rows, d
         programs = b * n_tiles * n_blocks
         walk = (
             l, d, n_seq, n_halvings, n_tiles, programs, run, *x.stride(), *dy.stride(),
-            *dx.stride()[:2], width, silu, reverse, runs, STRETCH if width <= 4 else 1, channels,
+            *dx.stride()[:2], width, silu, reverse, runs, stretch, channels,
             triton.next_power_of_2(width),
         )  # fmt: skip
         programs += (initial_states is not None) * n_seq * n_blocks
         total = b * n_tiles, d, width, 128, 32
         self.launches = [
-            Launch(_backward_kernel, programs, BACKWARD_WARPS, self.WALK, walk),
+            Launch(_backward_kernel, programs, BACKWARD.warps, self.WALK, walk),
             Launch(_sum_partials_kernel, rows * triton.cdiv(d, 32), 4, self.SUM, total),
         ]
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from mamba2_apps.kernels import causal_conv1d_triton as op
+from mamba2_apps.kernels import launching
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 6e-3}
 
@@ -118,6 +119,24 @@ def test_states_of_a_filter_of_one_tap_are_empty():
 def test_packed_sequences_do_not_touch(states, reverse):
     bounds = [0, 1, 3, 8, 9, 33, 34]  # most of them shorter than the filter
     check(l=34, bounds=bounds, states=states, final=True, reverse=reverse)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"b": 2, "states": True, "bias": False},
+        {"bounds": [0, 1, 3, 11, 12, 17, 24, 25, 29], "states": True},
+        {"bounds": [0, 2, 15, 16, 29], "states": True, "width": 7},
+        {"bounds": [0, 2, 15, 16, 29], "width": 1},
+    ],
+    ids=["rows", "pack", "wide filter", "one tap"],
+)
+def test_programs_of_several_runs_of_several_stretches(shape, reverse, monkeypatch):
+    cut = op.FORWARD._replace(runs=2, stretch=4, min_run=8, max_run=8)
+    monkeypatch.setattr(op, "FORWARD", cut)
+    monkeypatch.setattr(launching, "_prepared", {})
+    check(l=29, reverse=reverse, final=True, **shape)
 
 
 def test_a_pack_of_one_sequence():
