@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .block import DT_OF_PADDING, PIECE
 from .launching import Launch, Prepared, dot_precision, on, prepare
+from .sigmoid_triton import sigmoid
 
 
 class Tiles(NamedTuple):
@@ -129,7 +130,7 @@ def gated_linear_kernel(
             z *= scale[:, None]
         else:
             z = tl.load(z_at + first, mask=known, other=0.0).to(tl.float32)
-        v = y * (z * tl.sigmoid(z))
+        v = y * (z * sigmoid(z))
         squares += tl.sum(v * v, axis=1)
         v *= tl.load(gate_norm_ptr + first + c).to(tl.float32)[None, :]
         sums = ()

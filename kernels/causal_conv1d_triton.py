@@ -31,6 +31,7 @@ from torch import Tensor
 from .dispatch import is_plain
 from .launching import Launch, Prepared, on, prepare
 from .registration import register
+from .sigmoid_triton import sigmoid
 
 
 class Cut(NamedTuple):
@@ -190,7 +191,7 @@ def _forward_tile(
             for k in tl.static_range(WIDTH):
                 z += weights[k] * window[k]
             if SILU:
-                z *= tl.sigmoid(z)
+                z *= sigmoid(z)
             tl.store(y_at, z, mask=(q < l) & (c < d))
             y_at += y_step
             before = window[:-1]
@@ -232,7 +233,7 @@ def _final_state(
 
 @triton.jit
 def _silu_gradient(z):
-    s = tl.sigmoid(z)
+    s = sigmoid(z)
     return s * (1.0 + z * (1.0 - s))
 
 

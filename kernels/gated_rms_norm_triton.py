@@ -19,6 +19,7 @@ from torch import Tensor
 from .dispatch import is_plain
 from .launching import Launch, Prepared, on, prepare
 from .registration import register
+from .sigmoid_triton import sigmoid
 
 # Elements that a program works on at once, where a group is not larger, and elements a thread.
 FORWARD_TILE = 2048
@@ -51,7 +52,7 @@ def _forward_kernel(
     weight = tl.load(weight_ptr + first + c, mask=c < size, other=0.0).to(tl.float32)
     if z_ptr is not None:
         z = _load_rows(z_ptr, rows, c, n_rows, size, stride_z, first)
-        gate = z * tl.sigmoid(z)
+        gate = z * sigmoid(z)
         if not NORM_BEFORE_GATE:
             v *= gate
     scale = 1.0 / tl.sqrt_rn(tl.sum(v * v, axis=1) / size + eps)
@@ -88,7 +89,7 @@ def _backward_kernel(
         v = x
         if z_ptr is not None:
             z = _load_rows(z_ptr, rows, c, n_rows, size, stride_z, first)
-            s = tl.sigmoid(z)
+            s = sigmoid(z)
             gate = z * s
             dgate = s * (1.0 + z * (1.0 - s))  # d silu(z) / dz
             if NORM_BEFORE_GATE:

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launching import Launch, Prepared, on, prepare
+from .sigmoid_triton import sigmoid
 
 # A program holds all outputs of its rows, so that each row is read and gated once.
 MOST_OUTPUTS = 256
@@ -58,7 +59,7 @@ def _kernel(
         x = tl.load(x_at + first, mask=known, other=0.0).to(tl.float32)
         z = tl.load(z_at + first, mask=known, other=0.0).to(tl.float32)
         projection = tl.load(projection_at + first, mask=(n < N)[None, :], other=0.0)
-        v = x * (z * tl.sigmoid(z))
+        v = x * (z * sigmoid(z))
         squares += tl.sum(v * v, axis=1)
         v *= tl.load(weight_ptr + first + c).to(tl.float32)[None, :]
         acc = tl.dot(v.to(projection.dtype), projection, acc)

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .sigmoid_triton import sigmoid
+
 TILE = 2048  # elements of the state a program
 
 
@@ -69,7 +71,7 @@ def _step_kernel(
             y += tl.load(d_ptr + head).to(tl.float32) * x
     if z_ptr is not None:
         z = tl.load(z_ptr + batch * stride_z + channel, mask=has_p, other=0.0).to(tl.float32)
-        y *= z * tl.sigmoid(z)
+        y *= z * sigmoid(z)
     tl.store(y_ptr + batch * nheads * headdim + channel, y, mask=has_p)
 
 

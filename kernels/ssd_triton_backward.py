@@ -23,6 +23,7 @@ over chunks are written per block and added up in a fixed order: no atomics.
 import triton
 import triton.language as tl
 
+from .sigmoid_triton import sigmoid
 from .ssd_triton_scan import (
     UNSPECIALIZED,
     chunk_of,
@@ -54,9 +55,9 @@ def gate_backward_kernel(
         z + row * sz_b + token * sz_l + head * sz_h + i * sz_p, mask=inside, other=0.0
     ).to(tl.float32)
     u = tl.load(ungated + at, mask=inside, other=0.0).to(tl.float32)
-    sigmoid = tl.sigmoid(gate)
-    tl.store(dy + at, (grad * gate * sigmoid).to(dy.dtype.element_ty), mask=inside)
-    slope = sigmoid * (1.0 + gate * (1.0 - sigmoid))
+    opened = sigmoid(gate)
+    tl.store(dy + at, (grad * gate * opened).to(dy.dtype.element_ty), mask=inside)
+    slope = opened * (1.0 + gate * (1.0 - opened))
     tl.store(dz + at, (grad * u * slope).to(dz.dtype.element_ty), mask=inside)
 
 
@@ -576,7 +577,7 @@ def step_backward_kernel(
     active = raw
     if SOFTPLUS:
         active = softplus(raw)
-        ddt_value *= tl.sigmoid(raw)
+        ddt_value *= sigmoid(raw)
     ddt_value = tl.where(valid & (active >= low) & (active <= high), ddt_value, 0.0)
     at = direction * ddt_sd + (row * l + token) * ddt_sl + head
     tl.store(ddt + at, ddt_value.to(ddt.dtype.element_ty), mask=valid)

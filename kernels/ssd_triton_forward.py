@@ -19,6 +19,7 @@ the state gives.
 import triton
 import triton.language as tl
 
+from .sigmoid_triton import sigmoid
 from .ssd_triton_scan import (
     LOG2E,
     UNSPECIALIZED,
@@ -187,7 +188,7 @@ def _walk(
                 tl.store(ungated + out + at, acc.to(ungated.dtype.element_ty), mask=mask)
             z_at = z + row * z_sb + head * z_sh + base * z_sl
             gate = load_rows(z_at, tile_row, z_sl, valid, p_offs, z_sp, p_mask, FULL).to(tl.float32)
-            gate *= tl.sigmoid(gate)
+            gate *= sigmoid(gate)
             acc *= tl.where(walk == walks - 1, gate, 1.0)
         tl.store(y + out + at, acc.to(y.dtype.element_ty), mask=mask)
         if PACKED and HAS_FINAL:

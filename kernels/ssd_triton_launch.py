@@ -107,10 +107,12 @@ class Forward(_WithStates):
         if segmented:
             scan = (
                 *c.inputs, 0, 0, 0, 0, *c.of_dt, 0, 0, 0, at["marks"], at["carry"], c.low, c.high,
-                c.l, c.nseq, plan.slots, 0, c.b, c.b, c.h, c.h // c.g, *segments, c.reverse, c.p,
-                c.n, c.directions, False, False, c.has_bias, c.has_init, has_final, False, False,
+                c.l, c.nseq, -(-plan.slots // plan.joined), 0, c.b, c.b, c.h, c.h // c.g,
+                plan.segments, plan.segment_slots // plan.joined, c.reverse, c.p, c.n,
+                c.directions, False, False, c.has_bias, c.has_init, has_final, False, False,
                 c.softplus, c.packed, True, c.scan_full, plan.p_tiles, plan.scan_n_tiles,
-                cut.forward_chunk, c.p_block, planning.scan_n_block(c.n), c.dot, cut.scan_stages,
+                cut.forward_chunk * plan.joined, c.p_block, planning.scan_n_block(c.n), c.dot,
+                cut.scan_stages,
             )  # fmt: skip
             programs = plan.lines * plan.p_tiles * plan.scan_n_tiles * plan.segments
             carry = (

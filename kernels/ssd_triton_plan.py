@@ -95,6 +95,7 @@ class ForwardPlan:
     slots: int  # chunks a row
     segments: int
     segment_slots: int
+    joined: int  # chunks that a step of the scan takes together
     lines: int  # directions × rows × heads
     p_tiles: int
     n_tiles: int
@@ -112,6 +113,11 @@ def forward_plan(
     slots = l // q + nseq if nseq else -(-l // q)
     p_tiles = -(-p // p_block(p, dtype))
     segments, segment_slots = _cut_into_segments(rows * h * p_tiles, slots, cut, processors)
+    # The scan that comes before the walks keeps nothing of a chunk but the state, so that longer
+    # ones cost it no registers; a pack lays its sequences out in chunks of the walks.
+    joined = 1 if nseq else cut.chunk // q
+    segment_slots = -(-segment_slots // joined) * joined
+    segments = -(-slots // segment_slots)
     lines = directions * rows * h
     workspace = _Workspace()
     if segments > 1:
@@ -120,8 +126,8 @@ def forward_plan(
         workspace.reserve("carried", lines * segments * p * n)
     n_tiles, scan_n_tiles = -(-n // n_block(n, dtype)), -(-n // scan_n_block(n))
     return cut, ForwardPlan(
-        slots, segments, segment_slots, lines, p_tiles, n_tiles, scan_n_tiles, workspace.at,
-        workspace.size,
+        slots, segments, segment_slots, joined, lines, p_tiles, n_tiles, scan_n_tiles,
+        workspace.at, workspace.size,
     )  # fmt: skip
 
 

@@ -161,11 +161,15 @@ def test_packed(monkeypatch, direction):
 
 
 @interpreted
+@pytest.mark.parametrize(("chunk", "l"), [(16, 34), (32, 83)])
 @pytest.mark.parametrize("direction", DIRECTIONS[1:])
-def test_cut_into_segments_and_splits(monkeypatch, direction):
-    """Segments, heads split over programs, and tiles over headdim and dstate, all at once."""
+def test_cut_into_segments_and_splits(monkeypatch, direction, chunk, l):
+    """Segments, heads split over programs, and tiles over headdim and dstate, all at once.
+
+    With longer chunks the scan before the walks takes two of theirs together.
+    """
     use_tiling(
-        monkeypatch, forward_chunk=16, chunk=16, tile=16, scan_programs=64, least_segment=1,
+        monkeypatch, forward_chunk=16, chunk=chunk, tile=16, scan_programs=64, least_segment=1,
         backward_programs=64, shared_programs=64,
     )  # fmt: skip
     monkeypatch.setattr(ssd_triton_plan, "p_block", lambda p, dtype: 16)
@@ -174,7 +178,7 @@ def test_cut_into_segments_and_splits(monkeypatch, direction):
     monkeypatch.setattr(ssd_triton_launch, "STATE_BLOCK", 128)
     torch.manual_seed(0)
     case, options = split_options(direction)
-    check(draw(l=34, p=20, n=20, d_matrix=True, **case), **options)
+    check(draw(l=l, p=20, n=20, d_matrix=True, **case), **options)
 
 
 @interpreted
