@@ -1,11 +1,13 @@
 """The two projections of a block with all that stands beside them, without gradients.
 
-    first:   rows = W_in (r w / rms(r))                    r: the residual stream
-    second:  r + W_out (v w' / rms(v)),   v = y silu(z)    y: what the scan gave, z: the gate
+    first:   x, B, C, dt = W_in (r w / rms(r))             r: the residual stream
+    second:  r + W_out (v w' / rms(v)),   v = y silu(z)    y: what the scan gave
+                                          z = W_z (r w / rms(r))
 
 The root mean square of a token is a factor of its whole row, so it can come after the product: a
 program multiplies r w, or v w', while it adds up the squares of r or v. Norms, gate and addition
-then never write anything of their own.
+then never write anything of their own, and z, which the second kernel computes, is not written: its
+product costs less than its bytes.
 
 Dimensions: tokens m · width of the residual stream d · inner channels h p
 """
@@ -37,8 +39,6 @@ class Tiles(NamedTuple):
 
 NORM_LINEAR = Tiles(rows=128, columns=64, warps=8, stages=3)
 GATED_LINEAR = Tiles(rows=128, columns=64, warps=8, stages=2)
-# Whether the first kernel writes z for the second, which otherwise computes it.
-GATE_LOADED = False
 # Below so many programs, two a multiprocessor of an H100, the first kernel divides its outputs too.
 MANY_PROGRAMS = 264
 # Triton asks of a stride whether 16 divides it: then whole vectors are read.
@@ -66,9 +66,9 @@ def _weighted(
 @triton.jit(do_not_specialize=["n_rows", "l", "n_splits", "eps"])
 def norm_linear_kernel(
     residual_ptr, norm_ptr, weight_ptr, lengths_ptr, out_ptr, n_rows, l, n_splits, eps,
-    D: tl.constexpr, N: tl.constexpr, STRIDE: tl.constexpr, FIRST_X: tl.constexpr,
-    FIRST_DT: tl.constexpr, DT_OF_PADDING: tl.constexpr, PIECE: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, STAGES: tl.constexpr, DOT: tl.constexpr,
+    D: tl.constexpr, N: tl.constexpr, STRIDE: tl.constexpr, FIRST_DT: tl.constexpr,
+    DT_OF_PADDING: tl.constexpr, PIECE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """Every n_splits-th block of outputs of a tile of tokens; columns from N to STRIDE are 0."""
     split = tl.program_id(0) % n_splits
@@ -92,44 +92,38 @@ def norm_linear_kernel(
         acc *= scale[:, None]
         if lengths_ptr is not None:
             fill = tl.where(column < FIRST_DT, 0.0, DT_OF_PADDING)[None, :]
-            acc = tl.where(padding & (column >= FIRST_X)[None, :], fill, acc)
+            acc = tl.where(padding, fill, acc)
         mask = known & (column < STRIDE)[None, :]
         tl.store(out_at + column[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["n_rows", "eps", "gate_eps"])
 def gated_linear_kernel(
-    y_ptr, z_ptr, residual_ptr, norm_ptr, gate_ptr, gate_norm_ptr, weight_ptr, out_ptr,
+    y_ptr, residual_ptr, norm_ptr, gate_ptr, gate_norm_ptr, weight_ptr, out_ptr,
     n_rows, eps, gate_eps,
-    D: tl.constexpr, INNER: tl.constexpr, STRIDE_Z: tl.constexpr, PIECE: tl.constexpr,
-    ROWS: tl.constexpr, CHANNELS: tl.constexpr, STAGES: tl.constexpr, DOT: tl.constexpr,
+    D: tl.constexpr, INNER: tl.constexpr, PIECE: tl.constexpr, ROWS: tl.constexpr,
+    CHANNELS: tl.constexpr, STAGES: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """All outputs of a tile of tokens; z is loaded, or where z_ptr is None computed by gate_ptr."""
+    """All outputs of a tile of tokens; gate_ptr is the part of W_in that gives z."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     known = (row < n_rows)[:, None]
     c, n = tl.arange(0, CHANNELS), tl.arange(0, PIECE)
     y_at = y_ptr + row.to(tl.int64)[:, None] * INNER + c[None, :]
     weight_at = weight_ptr + n[None, :] * INNER + c[:, None]
     DTYPE: tl.constexpr = weight_ptr.dtype.element_ty
-    if z_ptr is None:
-        tiles, scale = _weighted(residual_ptr, norm_ptr, row, known, eps, D, DTYPE, PIECE)
-        gate_at = gate_ptr + c[None, :] * D + n[:, None]
-    else:
-        z_at = z_ptr + row.to(tl.int64)[:, None] * STRIDE_Z + c[None, :]
+    tiles, scale = _weighted(residual_ptr, norm_ptr, row, known, eps, D, DTYPE, PIECE)
+    gate_at = gate_ptr + c[None, :] * D + n[:, None]
     squares = tl.zeros([ROWS], tl.float32)
     accs = ()
     for _ in tl.static_range(D // PIECE):
         accs = accs + (tl.zeros([ROWS, PIECE], tl.float32),)
     for first in tl.range(0, INNER, CHANNELS, num_stages=STAGES):
         y = tl.load(y_at + first, mask=known, other=0.0).to(tl.float32)
-        if z_ptr is None:
-            z = tl.zeros([ROWS, CHANNELS], tl.float32)
-            for i in tl.static_range(D // PIECE):
-                gate = tl.load(gate_at + first * D + i * PIECE)
-                z = tl.dot(tiles[i], gate, z, input_precision=DOT)
-            z *= scale[:, None]
-        else:
-            z = tl.load(z_at + first, mask=known, other=0.0).to(tl.float32)
+        z = tl.zeros([ROWS, CHANNELS], tl.float32)
+        for i in tl.static_range(D // PIECE):
+            gate = tl.load(gate_at + first * D + i * PIECE)
+            z = tl.dot(tiles[i], gate, z, input_precision=DOT)
+        z *= scale[:, None]
         v = y * (z * sigmoid(z))
         squares += tl.sum(v * v, axis=1)
         v *= tl.load(gate_norm_ptr + first + c).to(tl.float32)[None, :]
@@ -150,9 +144,7 @@ class _NormLinear(Prepared):
     # residual, norm_weight, weight, lengths, out
     ALL = itemgetter(0, 1, 2, 3, 4)
 
-    def __init__(
-        self, tensors, first_x: int, first_dt: int, eps: float, tiles: Tiles, many: int
-    ) -> None:
+    def __init__(self, tensors, first_dt: int, eps: float, tiles: Tiles, many: int) -> None:
         residual, _, weight, _, out = tensors
         super().__init__(residual.device)
         b, l, d = residual.shape
@@ -160,8 +152,8 @@ class _NormLinear(Prepared):
         row_tiles = triton.cdiv(b * l, tiles.rows)
         n_splits = min(triton.cdiv(many, row_tiles), triton.cdiv(stride, tiles.columns))
         rest = (
-            b * l, l, n_splits, eps, d, weight.shape[0], stride, first_x, first_dt, DT_OF_PADDING,
-            PIECE, tiles.rows, tiles.columns, tiles.stages, dot_precision(weight.dtype),
+            b * l, l, n_splits, eps, d, weight.shape[0], stride, first_dt, DT_OF_PADDING, PIECE,
+            tiles.rows, tiles.columns, tiles.stages, dot_precision(weight.dtype),
         )  # fmt: skip
         self.launches = [
             Launch(norm_linear_kernel, row_tiles * n_splits, tiles.warps, self.ALL, rest)
@@ -173,36 +165,35 @@ def norm_linear(
     norm_weight: Tensor,
     weight: Tensor,
     lengths: Tensor | None,
-    first_x: int,
     first_dt: int,
     eps: float,
 ) -> Tensor:
     """W (r w / rms(r)) as (b, l, e rounded up), from r (b, l, d), w (d,) and W (e, d).
 
-    Further columns are 0. With lengths (b,), tokens at and after lengths[i] get 0 in the columns
-    from first_x and DT_OF_PADDING in those from first_dt.
+    Further columns are 0. With lengths (b,), tokens at and after lengths[i] get 0, and
+    DT_OF_PADDING in the columns from first_dt.
     """
     with on(residual.device):
         stride = -(-weight.shape[0] // ROW_MULTIPLE) * ROW_MULTIPLE
         size = (*residual.shape[:2], stride)
         out = torch.empty(size, dtype=weight.dtype, device=residual.device)
         tensors = residual, norm_weight.contiguous(), weight, lengths, out
-        settings = first_x, first_dt, eps, NORM_LINEAR, MANY_PROGRAMS
+        settings = first_dt, eps, NORM_LINEAR, MANY_PROGRAMS
         prepare(_NormLinear, tensors, *settings).run(tensors)
     return out
 
 
 class _GatedLinear(Prepared):
-    # y, z, residual, norm_weight, gate, gate_norm_weight, weight, out
-    ALL = itemgetter(0, 1, 2, 3, 4, 5, 6, 7)
+    # y, residual, norm_weight, gate, gate_norm_weight, weight, out
+    ALL = itemgetter(0, 1, 2, 3, 4, 5, 6)
 
     def __init__(self, tensors, eps: float, gate_eps: float, tiles: Tiles) -> None:
-        _, z, residual, _, _, _, weight, _ = tensors
+        _, residual, _, _, _, weight, _ = tensors
         super().__init__(residual.device)
         b, l, _ = residual.shape
         rest = (
-            b * l, eps, gate_eps, *weight.shape, 0 if z is None else z.stride(1), PIECE,
-            tiles.rows, tiles.columns, tiles.stages, dot_precision(weight.dtype),
+            b * l, eps, gate_eps, *weight.shape, PIECE, tiles.rows, tiles.columns, tiles.stages,
+            dot_precision(weight.dtype),
         )  # fmt: skip
         programs = triton.cdiv(b * l, tiles.rows)
         self.launches = [Launch(gated_linear_kernel, programs, tiles.warps, self.ALL, rest)]
@@ -210,7 +201,6 @@ class _GatedLinear(Prepared):
 
 def gated_linear(
     y: Tensor,
-    z: Tensor | None,
     residual: Tensor,
     norm_weight: Tensor,
     gate: Tensor,
@@ -219,16 +209,14 @@ def gated_linear(
     eps: float,
     gate_eps: float,
 ) -> Tensor:
-    """r + W (v w' / rms(v)), v = y silu(z), (b, l, d) of r's dtype.
+    """r + W (v w' / rms(v)), v = y silu(gate (r w / rms(r))), (b, l, d) of r's dtype.
 
-    y (b, l, h p); z like y, in rows of any length, or None: then it is gate (h p, d) times
-    r w / rms(r). W (d, h p), w' (h p,).
+    y (b, l, h p), gate (h p or more, d), of which the first rows count, W (d, h p), w' (h p,).
     """
     with on(residual.device):
         out = torch.empty_like(residual)
         tensors = (
-            y, z, residual, norm_weight.contiguous(), gate, gate_norm_weight.contiguous(), weight,
-            out,
+            y, residual, norm_weight.contiguous(), gate, gate_norm_weight.contiguous(), weight, out,
         )  # fmt: skip
         prepare(_GatedLinear, tensors, eps, gate_eps, GATED_LINEAR).run(tensors)
     return out

@@ -41,21 +41,19 @@ def _forward(
     sizes = _Sizes(A.shape[-1], headdim, ngroups, d_state, A.dim())
     residual, in_proj, out_proj = (t.contiguous() for t in (residual, in_proj, out_proj))
     inner, channels = out_proj.shape[1], conv_weight.shape[0]
-    first_x = inner if products.GATE_LOADED else 0
     rows = products.norm_linear(
-        residual, norm_weight, in_proj[inner - first_x :],
-        None if lengths is None else lengths.contiguous(), first_x, first_x + channels, eps,
+        residual, norm_weight, in_proj[inner:], None if lengths is None else lengths.contiguous(),
+        channels, eps,
     )  # fmt: skip
-    xBC = rows.narrow(2, first_x, channels)
+    xBC = rows.narrow(2, 0, channels)
     x, B, C = sizes.split(_convolved(xBC, conv_weight, conv_bias, cu_seqlens))
     y, _, _ = ssd_triton._forward(
-        x, _step_sizes(rows, first_x + channels, sizes), A, B, C, D, None, dt_bias, None,
-        cu_seqlens, True, low, high, False, False, False,
+        x, _step_sizes(rows, channels, sizes), A, B, C, D, None, dt_bias, None, cu_seqlens, True,
+        low, high, False, False, False,
     )  # fmt: skip
     return products.gated_linear(
-        y.flatten(2), rows.narrow(2, 0, inner) if products.GATE_LOADED else None, residual,
-        norm_weight, in_proj, gate_norm_weight, out_proj, eps, gate_eps,
-    )  # fmt: skip
+        y.flatten(2), residual, norm_weight, in_proj, gate_norm_weight, out_proj, eps, gate_eps
+    )
 
 
 def _step_sizes(rows: Tensor, first: int, sizes: _Sizes) -> Tensor:

@@ -57,9 +57,8 @@ def branch_error(got, want, residual):
     return ((got.double() - want).norm() / branch.norm()).item()
 
 
-@pytest.fixture(params=[False, True], ids=["gate computed", "gate loaded"])
-def small_tiles(request, monkeypatch):
-    monkeypatch.setattr(block_products_triton, "GATE_LOADED", request.param)
+@pytest.fixture
+def small_tiles(monkeypatch):
     monkeypatch.setattr(block_products_triton, "NORM_LINEAR", Tiles(16, 64, 4, 2))
     monkeypatch.setattr(block_products_triton, "GATED_LINEAR", Tiles(16, 32, 4, 2))
 
@@ -306,17 +305,21 @@ def test_torch_compile_keeps_it_whole(padded, monkeypatch, small_tiles):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("gate_loaded", [False, True])
+@pytest.mark.parametrize(
+    "tiles",
+    [None, (Tiles(64, 64, 4, 3), Tiles(64, 32, 4, 3))],
+    ids=["as they are", "of 64 tokens"],
+)
 @pytest.mark.parametrize("directions", [1, 2])
 @pytest.mark.parametrize("residual", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("b", "l", "d", "h", "p", "g", "n"),
     [(4, 197, 192, 6, 64, 1, 64), (3, 1000, 64, 2, 32, 1, 16), (1, 9001, 256, 8, 64, 2, 128)],
 )
-def test_on_the_gpu_twice_the_same(
-    b, l, d, h, p, g, n, residual, directions, gate_loaded, monkeypatch
-):
-    monkeypatch.setattr(block_products_triton, "GATE_LOADED", gate_loaded)
+def test_on_the_gpu_twice_the_same(b, l, d, h, p, g, n, residual, directions, tiles, monkeypatch):
+    if tiles is not None:
+        monkeypatch.setattr(block_products_triton, "NORM_LINEAR", tiles[0])
+        monkeypatch.setattr(block_products_triton, "GATED_LINEAR", tiles[1])
     tensors, sizes = draw(b, l, d, h, p, g, n, directions, "cuda")
     for name in ("in_proj", "out_proj"):
         tensors[name] = tensors[name].bfloat16()

