@@ -31,10 +31,17 @@ from mamba2_apps.kernels.block_products_triton import Tiles
 SHAPES = {224: (256, 196), 1248: (8, 6084), 2048: (4, 16384)}  # (b, l) by side in pixels
 CHECKED = (2, 2500)
 WIDTH, HEADS, HEADDIM, DSTATE = 192, 6, 64, 64
-FIRST = [(64, 64, 4, 3), (128, 32, 8, 3)]
-SECOND = [(128, 64, 8, 3), (64, 32, 4, 3), (64, 64, 4, 2), (128, 32, 8, 3)]
+FIRST = [(64, 64, 4, 3), (64, 64, 8, 3), (64, 64, 8, 2), (64, 32, 8, 3)]
+SECOND = [
+    (128, 64, 8, 3),
+    (64, 32, 4, 3),
+    (64, 32, 8, 3),
+    (64, 32, 8, 2),
+    (64, 64, 8, 2),
+    (128, 32, 16, 2),
+]
 CUTS = [{"max_run": 16}, {"max_run": 32}, {"channels": 256, "warps": 2, "max_run": 16}]
-TILINGS = [{"scan_stages": 3}, {"chunk": 64}]
+TILINGS = [{"scan_stages": 3}, {"chunk": 64}, {"forward_warps": 8}, {"forward_stages": 2}]
 STORED = [
     {"scan_programs": programs, "scan_stages": stages, "backward_stages": ahead}
     for programs, stages, ahead in ((2, 2, 3), (4, 2, 3), (4, 3, 3), (6, 2, 3), (4, 2, 2))
@@ -52,7 +59,7 @@ def ways() -> dict[str, list[tuple[Any, str, Any]]]:
         changed = convolution.FORWARD._replace(**cut)
         found[f"convolution {cut}"] = [(convolution, "FORWARD", changed)]
     for tiling in TILINGS:
-        found[f"scan {tiling}"] = [(plan, "tiling", _replaced(tiling))]
+        found[f"SSD {tiling}"] = [(plan, "tiling", _replaced(tiling))]
     for tiling in STORED:
         found[f"stored states {tiling}"] = [
             (plan, "tiling", _replaced(tiling)),
