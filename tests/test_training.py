@@ -14,18 +14,17 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.optim.swa_utils import AveragedModel
 
 from mamba2_apps import catalog, files, reports, runs
 from mamba2_apps.tasks import Classification
 from mamba2_apps.training import (
     BEST,
     LAST,
+    MovingAverage,
     Recorder,
     SeedEveryBatch,
     SyncedCheckpointIO,
     TrainerConfig,
-    moving_average,
 )
 from mamba2_apps.vision.digits import Digits
 
@@ -217,7 +216,7 @@ def test_a_monitor_that_is_not_defined_is_no_divergence(tmp_path):
 def test_the_moving_average_weighs_the_steps_there_were():
     steps = torch.randn(30, 3, dtype=torch.float64)
     module = torch.nn.Linear(3, 1, bias=False, dtype=torch.float64)
-    average = AveragedModel(module, multi_avg_fn=moving_average(0.9))
+    average = MovingAverage(module, 0.9)
     for count, weight in enumerate(steps, 1):
         module.weight.data[0] = weight
         average.update_parameters(module)
