@@ -190,7 +190,7 @@ class MovingAverage(AveragedModel):
     def __init__(self, model: nn.Module, decay: float, device: torch.device | None = None) -> None:
         super().__init__(model, device)
         self.decay = decay
-        self.n_averaged = self.n_averaged.cpu()  # a look at it must not wait for the device
+        self.n_averaged = torch.tensor(0)  # on the CPU: a look must not wait for the device
 
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:

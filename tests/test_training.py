@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from mamba2_apps.tasks import Classification
 from mamba2_apps.training import (
     BEST,
     LAST,
+    AverageWeights,
     MovingAverage,
     Recorder,
     SeedEveryBatch,
@@ -223,6 +225,15 @@ def test_the_moving_average_weighs_the_steps_there_were():
         shares = 0.9 ** torch.arange(count - 1, -1, -1, dtype=torch.float64)
         expected = (shares[:, None] * steps[:count]).sum(0) / shares.sum()
         torch.testing.assert_close(average.module.weight[0], expected)
+
+
+def test_the_moving_average_lies_where_the_model_is_going():
+    callback = AverageWeights(0.9)
+    trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("meta")))
+    callback.setup(trainer, torch.nn.Linear(3, 1), "fit")
+    average = callback._average_model
+    assert average.module.weight.is_meta
+    assert not average.n_averaged.is_meta
 
 
 def test_an_epoch_without_validation_has_no_values_of_one(tmp_path):
