@@ -202,10 +202,7 @@ class TokenMultiLabel(AnyLabels):
     def update_metrics(
         self, metrics: MetricCollection, outputs: Tensor, batch: dict[str, Any]
     ) -> None:
-        # Unknown ones are not taken out here: how many are left, only the device knows.
-        targets = batch["targets"]
-        present = (targets >= 0.5).long().masked_fill(targets.isnan(), IGNORE)
-        metrics.update(outputs.float().sigmoid().flatten(), present.flatten())
+        metrics.update(outputs.float().sigmoid().flatten(), present_labels(batch["targets"]))
 
     def predictions(self, outputs: Tensor, batch: dict[str, Any]) -> list[dict[str, Any]]:
         """Segments where a label is present: "start" and "end" in tokens, half-open, "label"."""
@@ -219,6 +216,14 @@ class TokenMultiLabel(AnyLabels):
                 segments += [segment for segment in found if segment["label"] is not None]
             answers.append({"segments": sorted(segments, key=lambda s: (s["start"], s["label"]))})
         return answers
+
+
+def present_labels(targets: Tensor) -> Tensor:
+    """Whether each label is present, (b l k,) int64: 0, 1, or IGNORE where that is not known.
+
+    The unknown ones are not taken out here: how many are left, only the device knows.
+    """
+    return (targets >= 0.5).long().masked_fill(targets.isnan(), IGNORE).flatten()
 
 
 def label_weight_tensor(weights: dict[str, float] | None, labels: list[str]) -> Tensor | None:
