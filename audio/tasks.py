@@ -16,7 +16,7 @@ from torchmetrics.functional.classification import binary_auroc, binary_eer
 
 from mamba2_apps.heads import CTCHead
 from mamba2_apps.tasks import CTC, LabelMean, MultiLabel, OptimizerConfig, TokenMultiLabel
-from mamba2_apps.tasks.tokens import OfBothValues
+from mamba2_apps.tasks.tokens import OfBothValues, present_labels
 
 
 def d_prime(scores: Tensor, targets: Tensor) -> Tensor:
@@ -124,14 +124,12 @@ class EventDetection(TokenMultiLabel):
         self, metrics: MetricCollection, outputs: Tensor, batch: dict[str, Any]
     ) -> None:
         targets = self._stepped(batch, outputs.shape[1])["targets"]
-        known = ~targets.isnan()
-        scores = outputs.float().sigmoid()
-        truth = (targets[known] >= 0.5).long()
+        scores, present = outputs.float().sigmoid(), present_labels(targets)
         for name, metric in metrics.items(keep_base=True):
             if name == "segment_f1":
                 metric.update(scores >= self.threshold, targets)
             else:
-                metric.update(scores[known], truth)
+                metric.update(scores.flatten(), present)
 
     def token_mask(self, outputs: Tensor, batch: dict[str, Any]) -> Tensor:
         if "mask" not in batch:

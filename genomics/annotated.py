@@ -82,20 +82,20 @@ def paint(genes: Sequence[Feature], start: int, end: int, targets: Sequence[Targ
             continue
         s, forward = gene.strand, gene.strand == "+"
         ends = (gene.start, gene.end - 1) if forward else (gene.end - 1, gene.start)
+        gaps = [(first, last) for first, last in gene.gaps if first < end and last > start]
         complete = {"start": gene.has_start and not gene.phase, "stop": gene.has_stop}
         for target in targets:
             if target == "cds":
                 for block in gene.blocks:
                     mark(*block, f"cds{s}")
             elif target == "codon":
-                for position, places in _codon_places(gene):
-                    inside = places[(places >= start) & (places < end)] - start
-                    labels[inside, column[f"{CODON[position]}{s}"]] = 1
+                for position, places in _codon_places(gene, start, end):
+                    labels[places, column[f"{CODON[position]}{s}"]] = 1
             elif target == "intron":
-                for gap in gene.gaps:
+                for gap in gaps:
                     mark(*gap, f"intron{s}")
             elif target in ("donor", "acceptor"):
-                for first, last in gene.gaps:
+                for first, last in gaps:
                     at = first if (target == "donor") == forward else last - 1
                     mark(at, at + 1, f"{target}{s}")
             elif complete[target]:
@@ -104,14 +104,17 @@ def paint(genes: Sequence[Feature], start: int, end: int, targets: Sequence[Targ
     return labels
 
 
-def _codon_places(gene: Feature) -> Iterator[tuple[int, np.ndarray]]:
-    """(0 to 2, bases (n,)): those at the first, second and third place of their codons."""
-    blocks = [np.arange(*block) for block in gene.blocks]
-    bases = np.concatenate(blocks)
-    if gene.strand == "-":
-        bases = np.concatenate([block[::-1] for block in reversed(blocks)])
-    for position in range(3):
-        yield position, bases[(position + gene.phase) % 3 :: 3]
+def _codon_places(gene: Feature, start: int, end: int) -> Iterator[tuple[int, slice]]:
+    """(0 to 2, bases): those of a region, counted from its start, at the first, second and third
+    place of their codons."""
+    forward, before = gene.strand == "+", -gene.phase  # bases of the codons that came before
+    for first, last in gene.blocks if forward else reversed(gene.blocks):
+        low, high = max(first, start), min(last, end)
+        if low < high:
+            for base in range(low, min(low + 3, high)):
+                place = before + (base - first if forward else last - 1 - base)
+                yield place % 3, slice(base - start, high - start, 3)
+        before += last - first
 
 
 class AnnotatedWindows(Dataset[Sample]):
@@ -135,22 +138,32 @@ class AnnotatedWindows(Dataset[Sample]):
         self.genes: dict[str, list[Feature]] = {}
         for gene in sorted(genes, key=lambda gene: gene.start):
             self.genes.setdefault(gene.contig, []).append(gene)
+        self._spans = {
+            contig: np.array([(gene.start, gene.end) for gene in genes])
+            for contig, genes in self.genes.items()
+        }
 
     def __getitem__(self, index: int) -> Sample:
         length = self.genome[self.windows[index].contig]
         window = shifted(self.windows[index], self.shift, 0, length)
         start, end = window.start, window.end
-        genes = [g for g in self.genes.get(window.contig, []) if g.start < end and g.end > start]
+        genes = self._overlapping(window.contig, start, end)
         labels = paint(genes, start, end, self.targets).astype(np.float32)
-        known = np.zeros(end - start, bool)
         first, last = window.known
-        known[max(first - start, 0) : max(last - start, 0)] = True
-        labels[~known] = np.nan
+        labels[: max(first - start, 0)] = np.nan
+        labels[max(last - start, 0) :] = np.nan
         sequence = self.genome.fetch(window.contig, start, end)
         return {"inputs": self.encode(sequence), "targets": torch.from_numpy(labels)}
 
     def __len__(self) -> int:
         return len(self.windows)
+
+    def _overlapping(self, contig: str, start: int, end: int) -> list[Feature]:
+        if contig not in self.genes:
+            return []
+        starts, ends = self._spans[contig].T
+        genes = self.genes[contig]
+        return [genes[i] for i in np.flatnonzero((starts < end) & (ends > start)).tolist()]
 
 
 def shuffled_stretch(sample: Sample) -> Sample:

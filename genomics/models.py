@@ -10,10 +10,10 @@ Dimensions: batch b · seqlen l · d_model d · outputs k
 """
 
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mamba2_apps.backbone import Backbone, BackboneConfig
@@ -341,16 +341,19 @@ def _with_flipped(values: Tensor | None) -> Tensor | None:
 
 def _through_pack(backbone: Backbone, embeddings: Tensor, mask: Tensor) -> Tensor:
     """Hidden states (b, l, d), 0 at padding, of rows that were run end to end."""
-    lengths = mask.sum(1)
-    lengths = lengths[lengths > 0]
-    hidden = embeddings.new_zeros(embeddings.shape)
-    if not len(lengths):
-        return hidden
-    cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).int()
-    packed = backbone(embeddings[mask][None], cu_seqlens=cu_seqlens)
-    hidden = hidden.to(packed.dtype)
-    hidden[mask] = packed[0]
-    return hidden
+    # The one look at the device: every indexing by the mask itself would be another.
+    lengths = [length for length in mask.sum(1).tolist() if length]
+    if not lengths:
+        return embeddings.new_zeros(embeddings.shape)
+    ends = list(accumulate(lengths, initial=0))
+    places = torch.nonzero_static(mask.flatten(), size=ends[-1])[:, 0]
+    tokens = embeddings.flatten(0, 1)
+    packed = backbone(
+        tokens.index_select(0, places)[None],
+        cu_seqlens=torch.tensor(ends, dtype=torch.int32).to(mask.device, non_blocking=True),
+    )[0]
+    hidden = packed.new_zeros(tokens.shape[0], packed.shape[1]).index_copy(0, places, packed)
+    return hidden.unflatten(0, mask.shape)
 
 
 def _partner_in_rows(residual: Tensor, lengths: Tensor | None) -> Tensor:

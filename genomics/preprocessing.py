@@ -201,7 +201,8 @@ def _opened(path: str, changed: float) -> Genome:
 
 
 def _padded(rows: Sequence[Tensor], length: int, value: float) -> Tensor:
-    batch = rows[0].new_full((len(rows), length, *rows[0].shape[1:]), value)
-    for index, row in enumerate(rows):
-        batch[index, : len(row)] = row
+    batch = rows[0].new_empty((len(rows), length, *rows[0].shape[1:]))
+    for padded, row in zip(batch, rows, strict=True):
+        padded[: len(row)] = row
+        padded[len(row) :] = value
     return batch

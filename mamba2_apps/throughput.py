@@ -126,8 +126,9 @@ class Throughput(Callback):
         seconds = time.monotonic() - self._started
         self.rates = {name: count * trainer.world_size / seconds for name, count in units.items()}
         peak = peak_flops(module.device) if self.bf16 else None
-        for name, rate in self.rates.items():
-            module.log(f"{name}_per_second", rate, prog_bar=True, logger=False)
+        if trainer.progress_bar_callback is not None:
+            for name, rate in self.rates.items():
+                module.log(f"{name}_per_second", rate, prog_bar=True, logger=False)
         if peak is not None:
             self.rates["mfu"] = self._flops / seconds / peak
 

@@ -7,13 +7,14 @@ random numbers are a function of (seed, epoch, batch), the place in the data is 
 
 import csv
 import io
+import itertools
 import logging
 import math
 import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.profilers import PyTorchProfiler
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from mamba2_apps.adaptation import AdaptationConfig, Unfreeze
 from mamba2_apps.data import seed_generators
@@ -147,7 +149,7 @@ def build_trainer(
     if bar:
         callbacks.append(RichProgressBar(console_kwargs={"stderr": True}))
     if config.ema_decay is not None:
-        callbacks.append(WeightAveraging(multi_avg_fn=moving_average(config.ema_decay)))
+        callbacks.append(AverageWeights(config.ema_decay))
     if adaptation.unfreeze_epoch is not None:
         callbacks.append(Unfreeze(adaptation))
     if config.early_stop_patience is not None:
@@ -178,23 +180,51 @@ def build_trainer(
     )
 
 
-def moving_average(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor], None]:
-    """Update of an exponential moving average that holds no weights from before the first step.
+class MovingAverage(AveragedModel):
+    """An exponential moving average that holds no weights from before the first step.
 
     Shares are those of the steps there were, as Adam corrects its moments (Kingma and Ba 2015):
     early on it is the plain mean, and a short training is not kept near its start.
     """
 
-    @torch.no_grad()
-    def update(averaged: list[Tensor], current: list[Tensor], count: Tensor) -> None:
-        share = (1 - decay) / (1 - decay ** (int(count) + 1))
-        if averaged[0].is_floating_point():
-            # A lerp leaves a frozen weight bit for bit what it is.
-            torch._foreach_lerp_(averaged, current, share)
-        else:
-            torch._foreach_copy_(averaged, current)
+    def __init__(self, model: nn.Module, decay: float, device: torch.device | None = None) -> None:
+        super().__init__(model, device)
+        self.decay = decay
+        self.n_averaged = torch.tensor(0)  # on the CPU: a look must not wait for the device
 
-    return update
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        share = (1 - self.decay) / (1 - self.decay ** (int(self.n_averaged) + 1))
+        pairs = list(zip(_tensors(self.module), _tensors(model), strict=True))
+        floating = [pair for pair in pairs if pair[0].is_floating_point()]
+        averaged, current = map(list, zip(*floating, strict=True))
+        # A lerp leaves a frozen weight bit for bit what it is.
+        torch._foreach_lerp_(averaged, current, share)
+        for average, value in pairs:
+            if not average.is_floating_point():
+                average.copy_(value)
+        self.n_averaged += 1
+
+
+class AverageWeights(WeightAveraging):
+    """Keeps a moving average where the model is trained, which then is validated and saved.
+
+    Lightning's own is made before the model is on its device and stays behind: every step would
+    copy every weight to the CPU, and wait for each.
+    """
+
+    def __init__(self, decay: float) -> None:
+        super().__init__()
+        self.decay = decay
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            device = trainer.strategy.root_device
+            self._average_model = MovingAverage(pl_module, self.decay, device)
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    return itertools.chain(module.parameters(), module.buffers())
 
 
 def _profiler(config: TrainerConfig, run: Path) -> PyTorchProfiler | None:

@@ -10,22 +10,23 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.optim.swa_utils import AveragedModel
 
 from mamba2_apps import catalog, files, reports, runs
 from mamba2_apps.tasks import Classification
 from mamba2_apps.training import (
     BEST,
     LAST,
+    AverageWeights,
+    MovingAverage,
     Recorder,
     SeedEveryBatch,
     SyncedCheckpointIO,
     TrainerConfig,
-    moving_average,
 )
 from mamba2_apps.vision.digits import Digits
 
@@ -217,13 +218,22 @@ def test_a_monitor_that_is_not_defined_is_no_divergence(tmp_path):
 def test_the_moving_average_weighs_the_steps_there_were():
     steps = torch.randn(30, 3, dtype=torch.float64)
     module = torch.nn.Linear(3, 1, bias=False, dtype=torch.float64)
-    average = AveragedModel(module, multi_avg_fn=moving_average(0.9))
+    average = MovingAverage(module, 0.9)
     for count, weight in enumerate(steps, 1):
         module.weight.data[0] = weight
         average.update_parameters(module)
         shares = 0.9 ** torch.arange(count - 1, -1, -1, dtype=torch.float64)
         expected = (shares[:, None] * steps[:count]).sum(0) / shares.sum()
         torch.testing.assert_close(average.module.weight[0], expected)
+
+
+def test_the_moving_average_lies_where_the_model_is_going():
+    callback = AverageWeights(0.9)
+    trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("meta")))
+    callback.setup(trainer, torch.nn.Linear(3, 1), "fit")
+    average = callback._average_model
+    assert average.module.weight.is_meta
+    assert not average.n_averaged.is_meta
 
 
 def test_an_epoch_without_validation_has_no_values_of_one(tmp_path):

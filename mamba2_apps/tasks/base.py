@@ -260,7 +260,9 @@ class Task(LightningModule, ABC):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         batch = self.prepare(batch, batch_idx, "train")
         loss = self.score(self.train_scores, self(batch), batch)
-        self.log("loss", loss.detach(), prog_bar=True)
+        # What the bar shows is read in every step, also where there is no bar.
+        bar = self.trainer.progress_bar_callback is not None
+        self.log("loss", loss.detach(), prog_bar=bar)
         return loss
 
     def on_train_epoch_end(self) -> None:

@@ -239,12 +239,14 @@ class MultiLabel(AnyLabels, Answers):
                 f"the data has the labels {self.labels}; any number of labels are of two or more, "
                 "present or absent is a classification of two"
             )
+        # Targets are 0 and 1 as `update_metrics` makes them; a look would wait for the device.
+        f1 = MultilabelF1Score(k, threshold=self.threshold, validate_args=False)
         if part == "train":
-            return {"f1": MultilabelF1Score(k, threshold=self.threshold)}
+            return {"f1": f1}
         return {
             "average_precision": LabelMean(binary_average_precision),
             "auroc": LabelMean(binary_auroc),
-            "f1": MultilabelF1Score(k, threshold=self.threshold),
+            "f1": f1,
         }
 
     def loss(self, outputs: Tensor, batch: dict[str, Any]) -> Tensor:

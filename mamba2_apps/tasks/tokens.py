@@ -114,7 +114,9 @@ class OfBothValues(BinaryPrecisionRecallCurve):
     """
 
     def update(self, preds: Tensor, target: Tensor) -> None:
-        """Add probabilities (n,) float and whether the label is present, (n,) 0 or 1."""
+        """Add probabilities (n,) float and whether the label is present, (n,) 0, 1 or IGNORE."""
+        known = target != IGNORE
+        preds, target = preds[known], target[known]
         if self.thresholds is None:
             super().update(preds, target)
             return
@@ -173,7 +175,8 @@ class TokenMultiLabel(AnyLabels):
         self.register_buffer("label_weight", weight, persistent=False)
 
     def build_metrics(self, part: str) -> dict[str, Metric]:
-        metrics: dict[str, Metric] = {"f1": BinaryF1Score(threshold=self.threshold)}
+        options: dict[str, Any] = {"ignore_index": IGNORE, "validate_args": False}
+        metrics: dict[str, Metric] = {"f1": BinaryF1Score(threshold=self.threshold, **options)}
         if part == "test":  # exact: every score is kept
             metrics["average_precision"] = AveragePrecision()
             metrics["auroc"] = AUROC()
@@ -199,8 +202,7 @@ class TokenMultiLabel(AnyLabels):
     def update_metrics(
         self, metrics: MetricCollection, outputs: Tensor, batch: dict[str, Any]
     ) -> None:
-        known = ~batch["targets"].isnan()
-        metrics.update(outputs[known].float().sigmoid(), (batch["targets"][known] >= 0.5).long())
+        metrics.update(outputs.float().sigmoid().flatten(), present_labels(batch["targets"]))
 
     def predictions(self, outputs: Tensor, batch: dict[str, Any]) -> list[dict[str, Any]]:
         """Segments where a label is present: "start" and "end" in tokens, half-open, "label"."""
@@ -214,6 +216,14 @@ class TokenMultiLabel(AnyLabels):
                 segments += [segment for segment in found if segment["label"] is not None]
             answers.append({"segments": sorted(segments, key=lambda s: (s["start"], s["label"]))})
         return answers
+
+
+def present_labels(targets: Tensor) -> Tensor:
+    """Whether each label is present, (b l k,) int64: 0, 1, or IGNORE where that is not known.
+
+    The unknown ones are not taken out here: how many are left, only the device knows.
+    """
+    return (targets >= 0.5).long().masked_fill(targets.isnan(), IGNORE).flatten()
 
 
 def label_weight_tensor(weights: dict[str, float] | None, labels: list[str]) -> Tensor | None:
