@@ -31,21 +31,19 @@ from mamba2_apps.kernels.block_products_triton import Tiles
 SHAPES = {224: (256, 196), 1248: (8, 6084), 2048: (4, 16384)}  # (b, l) by side in pixels
 CHECKED = (2, 2500)
 WIDTH, HEADS, HEADDIM, DSTATE = 192, 6, 64, 64
-FIRST = [(64, 64, 4, 3), (64, 64, 8, 3), (64, 64, 8, 2), (64, 32, 8, 3)]
-SECOND = [
-    (128, 64, 8, 3),
-    (64, 32, 4, 3),
-    (64, 32, 8, 3),
-    (64, 32, 8, 2),
-    (64, 64, 8, 2),
-    (128, 32, 16, 2),
+FIRST = [(128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 2)]
+SECOND = [(128, 64, 8, 2), (64, 32, 4, 3)]
+CUTS = [{"max_run": 64, "programs": 4096}, {"channels": 256, "warps": 2}]
+TILINGS = [
+    {"chunk": 64},
+    {"scan_stages": 3},
+    {"scan_warps": 8},
+    {"forward_stages": 2},
+    {"scan_programs": 3},
+    {"scan_programs": 4},
+    {"scan_programs": 6},
 ]
-CUTS = [{"max_run": 16}, {"max_run": 32}, {"channels": 256, "warps": 2, "max_run": 16}]
-TILINGS = [{"scan_stages": 3}, {"chunk": 64}, {"forward_warps": 8}, {"forward_stages": 2}]
-STORED = [
-    {"scan_programs": programs, "scan_stages": stages, "backward_stages": ahead}
-    for programs, stages, ahead in ((2, 2, 3), (4, 2, 3), (4, 3, 3), (6, 2, 3), (4, 2, 2))
-]
+CHAINED = [0, 8]
 
 
 def ways() -> dict[str, list[tuple[Any, str, Any]]]:
@@ -60,11 +58,8 @@ def ways() -> dict[str, list[tuple[Any, str, Any]]]:
         found[f"convolution {cut}"] = [(convolution, "FORWARD", changed)]
     for tiling in TILINGS:
         found[f"SSD {tiling}"] = [(plan, "tiling", _replaced(tiling))]
-    for tiling in STORED:
-        found[f"stored states {tiling}"] = [
-            (plan, "tiling", _replaced(tiling)),
-            (plan, "CHUNKED_DSTATE", 0),
-        ]
+    for most in CHAINED:
+        found[f"walks that add up {most} segments"] = [(plan, "MOST_CHAINED", most)]
     return found
 
 

@@ -85,13 +85,13 @@ def mamba2_block(
             "or its parts one after the other"
         )
     dtype = autocast_dtype(in_proj)
-    in_proj, out_proj = in_proj.to(dtype), out_proj.to(dtype)
     tensors = (
         residual, norm_weight, in_proj, conv_weight, conv_bias, dt_bias, A, D, gate_norm_weight,
         out_proj, lengths if A.dim() == 2 else None, cu_seqlens,
     )  # fmt: skip
-    _check(*tensors, headdim, ngroups, d_state, dt_limit)
-    settings = headdim, ngroups, d_state, float(dt_limit[0]), float(dt_limit[1]), eps, gate_eps
+    _check(*tensors, headdim, ngroups, d_state, dt_limit, dtype)
+    limits = float(dt_limit[0]), float(dt_limit[1])
+    settings = headdim, ngroups, d_state, *limits, eps, gate_eps, dtype
     if resolve_backend(backend, residual) == "triton":
         if reason := why_not_served(residual, dtype, out_proj.shape[1]):
             raise ValueError(f"the Triton backend {reason}")
@@ -121,9 +121,9 @@ def why_not_served(residual: Tensor, dtype: torch.dtype, inner: int) -> str | No
 
 def _check(
     residual, norm_weight, in_proj, conv_weight, conv_bias, dt_bias, A, D, gate_norm_weight,
-    out_proj, lengths, cu_seqlens, p, g, n, dt_limit,
+    out_proj, lengths, cu_seqlens, p, g, n, dt_limit, dtype,
 ) -> None:  # fmt: skip
-    dtype, wide = in_proj.dtype, accumulate_dtype(in_proj)
+    wide = torch.promote_types(dtype, torch.float32)
     if residual.dtype not in (dtype, wide):
         raise ValueError(f"residual has dtype {residual.dtype}, expected {dtype} or {wide}")
     if residual.dim() != 3 or 0 in residual.shape:
@@ -141,7 +141,7 @@ def _check(
     check_tensor("out_proj", out_proj, (d, inner), residual)
     check_parameter_dtype(residual, norm_weight=norm_weight)
     # What in_proj will give, without the memory for it.
-    rows = in_proj[0, 0].expand(b, l, outputs)
+    rows = in_proj[0, 0].to(dtype).expand(b, l, outputs)
     check_inside(
         rows, conv_weight, conv_bias, dt_bias, A, D, gate_norm_weight, None, cu_seqlens, p, g, n,
         dt_limit,
@@ -159,9 +159,10 @@ def _check(
 
 def _torch(
     residual, norm_weight, in_proj, conv_weight, conv_bias, dt_bias, A, D, gate_norm_weight,
-    out_proj, lengths, cu_seqlens, p, g, n, low, high, eps, gate_eps,
+    out_proj, lengths, cu_seqlens, p, g, n, low, high, eps, gate_eps, dtype,
 ) -> Tensor:  # fmt: skip
     """The definition."""
+    in_proj, out_proj = in_proj.to(dtype), out_proj.to(dtype)
     wide = residual.to(accumulate_dtype(residual))
     u = F.rms_norm(wide, wide.shape[2:], norm_weight.to(wide.dtype), eps)
     zxBCdt = F.linear(u.to(in_proj.dtype), in_proj)

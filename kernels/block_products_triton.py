@@ -37,8 +37,10 @@ class Tiles(NamedTuple):
     stages: int  # of the pipeline of loads
 
 
-NORM_LINEAR = Tiles(rows=128, columns=64, warps=8, stages=3)
-GATED_LINEAR = Tiles(rows=128, columns=64, warps=8, stages=2)
+NORM_LINEAR = Tiles(rows=64, columns=64, warps=4, stages=3)
+GATED_LINEAR = Tiles(rows=128, columns=64, warps=8, stages=3)
+# Of both weights, shared memory holds three stages up to this width of the residual stream.
+MOST_STAGED = 192
 # Below so many programs, two a multiprocessor of an H100, the first kernel divides its outputs too.
 MANY_PROGRAMS = 264
 # Triton asks of a stride whether 16 divides it: then whole vectors are read.
@@ -190,9 +192,10 @@ class _GatedLinear(Prepared):
     def __init__(self, tensors, eps: float, gate_eps: float, tiles: Tiles) -> None:
         _, residual, _, _, _, weight, _ = tensors
         super().__init__(residual.device)
-        b, l, _ = residual.shape
+        b, l, d = residual.shape
+        stages = tiles.stages if d <= MOST_STAGED else min(tiles.stages, 2)
         rest = (
-            b * l, eps, gate_eps, *weight.shape, PIECE, tiles.rows, tiles.columns, tiles.stages,
+            b * l, eps, gate_eps, *weight.shape, PIECE, tiles.rows, tiles.columns, stages,
             dot_precision(weight.dtype),
         )  # fmt: skip
         programs = triton.cdiv(b * l, tiles.rows)

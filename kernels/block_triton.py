@@ -1,4 +1,4 @@
-"""A whole block on Triton in four launches or a few more: product, convolution, scan, product.
+"""A whole block on Triton in four launches or two more: product, convolution, scan, product.
 
 Registered as torch.ops.mamba2_apps.mamba2_block_triton, without gradients. Arguments are taken as
 checked: `block.py` does that and says what the op computes.
@@ -15,6 +15,7 @@ from . import block_products_triton as products
 from . import ssd_triton
 from .conv_ssd_norm_triton import _convolved, _Sizes
 from .dispatch import is_plain
+from .weights_triton import cast_both
 
 
 def _forward(
@@ -37,9 +38,11 @@ def _forward(
     high: float,
     eps: float,
     gate_eps: float,
+    dtype: torch.dtype,
 ) -> Tensor:
     sizes = _Sizes(A.shape[-1], headdim, ngroups, d_state, A.dim())
-    residual, in_proj, out_proj = (t.contiguous() for t in (residual, in_proj, out_proj))
+    residual = residual.contiguous()
+    in_proj, out_proj = cast_both(in_proj, out_proj, dtype)
     inner, channels = out_proj.shape[1], conv_weight.shape[0]
     rows = products.norm_linear(
         residual, norm_weight, in_proj[inner:], None if lengths is None else lengths.contiguous(),
@@ -69,7 +72,7 @@ torch.library.define(
     "(Tensor residual, Tensor norm_weight, Tensor in_proj, Tensor conv_weight, Tensor? conv_bias, "
     "Tensor dt_bias, Tensor A, Tensor? D, Tensor gate_norm_weight, Tensor out_proj, "
     "Tensor? lengths, Tensor? cu_seqlens, SymInt headdim, SymInt ngroups, SymInt d_state, "
-    "float low, float high, float eps, float gate_eps) -> Tensor",
+    "float low, float high, float eps, float gate_eps, ScalarType dtype) -> Tensor",
 )
 torch.library.impl("mamba2_apps::mamba2_block_triton", ("cpu", "cuda"))(_forward)
 

@@ -47,7 +47,7 @@ class Cut(NamedTuple):
     programs: int  # enough to fill it
 
 
-FORWARD = Cut(channels=128, runs=1, stretch=16, warps=1, min_run=16, max_run=64, programs=4096)
+FORWARD = Cut(channels=128, runs=1, stretch=16, warps=1, min_run=16, max_run=16, programs=1)
 BACKWARD = Cut(channels=64, runs=4, stretch=4, warps=1, min_run=8, max_run=61, programs=1024)
 
 

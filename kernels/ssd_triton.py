@@ -2,8 +2,9 @@
 
 Dimension legend: batch b · seqlen l · nheads h · headdim p · ngroups g · dstate n
 
-A forward is one launch, or three where batch × heads is too small to fill the GPU: then the
-sequence is cut into segments, whose states come first. Both directions at a large dstate are two:
+A forward is one launch, or more where batch × heads is too small to fill the GPU: then the
+sequence is cut into segments, whose states come first, and where these are many another launch adds
+them up; few are added up by each walk. Both directions at a large dstate are two launches:
 states, then y. A backward is five (S and R, then dx, then dB and dC, then ddt, then the ordered
 sums), six in segments, one more with z. A batch whose chunk states would take much memory is taken
 in parts, which repeat these launches. Both directions share all of them. Nothing but the inputs is

@@ -431,7 +431,7 @@ def _shared_side(
     if not OF_B:
         later = -later
     written = (later >= 0) | (DIRECTIONS == 2)
-    for _ in range(0, mix_splits):
+    for _ in tl.range(0, mix_splits, num_stages=1):
         m = tl.load(matrix + m_at, mask=written, other=0.0)
         matrix += slots.to(tl.int64) * CHUNK * CHUNK
         acc = tl.dot(m, o, acc, input_precision=DOT)

@@ -33,6 +33,7 @@ from .ssd_triton_scan import (
     step_sizes,
     tile_mask,
 )
+from .ssd_triton_segments import entering_state
 
 
 @triton.jit
@@ -40,13 +41,15 @@ def _walk(
     x, dt, A, B, C, D, z, dt_bias, init, y, ungated, final, cu_ptr, ws,
     x_sd, x_sb, x_sl, x_sh, x_sp, B_sd, B_sb, B_sl, B_sg, B_sn,
     C_sd, C_sb, C_sl, C_sg, C_sn, z_sb, z_sl, z_sh, z_sp, dt_sd, dt_sb, dt_sl, dt_sh,
-    carried_off, low, high, l, nseq, slots, rows, heads, heads_per_group, segments, segment_slots,
-    reverse, p, n, p_offs, head, row, segment, direction, n_tile, walk, walks,
+    marks_off, carry_off, carried_off, low, high, l, nseq, slots, rows, heads, heads_per_group,
+    segments, segment_slots, reverse, p, n, p_offs, head, row, segment, direction, n_tile, walk,
+    walks,
     INSIDE: tl.constexpr, X_SHARED: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_D: tl.constexpr, D_MATRIX: tl.constexpr, HAS_Z: tl.constexpr, SAVE: tl.constexpr,
     HAS_INIT: tl.constexpr, HAS_FINAL: tl.constexpr, SOFTPLUS: tl.constexpr,
-    PACKED: tl.constexpr, SEGMENTED: tl.constexpr, FULL: tl.constexpr, ADDS: tl.constexpr,
-    Q: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
+    PACKED: tl.constexpr, SEGMENTED: tl.constexpr, CHAINED: tl.constexpr, FULL: tl.constexpr,
+    ADDS: tl.constexpr, Q: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr, DOT: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """One walk along a row or segment, which writes y, or adds to it where `walk` > 0.
 
@@ -95,8 +98,14 @@ def _walk(
     state = tl.zeros((NB, PB), dtype=tl.float32)
     if SEGMENTED:
         line = (direction * rows + row) * heads + head
-        carried = ws + carried_off + (line * segments + segment) * p * n
-        state = tl.load(carried + state_tile, mask=state_mask, other=0.0)
+        if CHAINED:
+            state = entering_state(
+                ws, marks_off, carry_off, line, segment, segments, descending, state_tile,
+                state_mask, p, n, NB, PB,
+            )  # fmt: skip
+        else:
+            carried = ws + carried_off + (line * segments + segment) * p * n
+            state = tl.load(carried + state_tile, mask=state_mask, other=0.0)
     sequence = row.to(tl.int32)
     if PACKED:
         sequence = find_sequence(cu_ptr, entry_slot, nseq, l, Q)
@@ -197,7 +206,8 @@ def _walk(
 
     if HAS_FINAL and not PACKED:
         target = final + ((direction * sequences + sequence) * heads + head) * p * n
-        tl.store(target + state_tile, state, mask=state_mask)
+        row_exit = tl.where(descending, 0, segments - 1)
+        tl.store(target + state_tile, state, mask=state_mask & (segment == row_exit))
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -205,14 +215,14 @@ def forward_kernel(
     x, dt, A, B, C, D, z, dt_bias, init, y, ungated, final, cu_ptr, ws,
     x_sd, x_sb, x_sl, x_sh, x_sp, B_sd, B_sb, B_sl, B_sg, B_sn,
     C_sd, C_sb, C_sl, C_sg, C_sn, z_sb, z_sl, z_sh, z_sp, dt_sd, dt_sb, dt_sl, dt_sh,
-    carried_off, low, high, l, nseq, slots, rows, heads, heads_per_group, segments, segment_slots,
-    reverse, p, n,
+    marks_off, carry_off, carried_off, low, high, l, nseq, slots, rows, heads, heads_per_group,
+    segments, segment_slots, reverse, p, n,
     DIRECTIONS: tl.constexpr, MERGED: tl.constexpr, X_SHARED: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_D: tl.constexpr, D_MATRIX: tl.constexpr, HAS_Z: tl.constexpr, SAVE: tl.constexpr,
     HAS_INIT: tl.constexpr, HAS_FINAL: tl.constexpr, SOFTPLUS: tl.constexpr,
-    PACKED: tl.constexpr, SEGMENTED: tl.constexpr, FULL: tl.constexpr, P_TILES: tl.constexpr,
-    N_TILES: tl.constexpr,
-    Q: tl.constexpr, PB: tl.constexpr, NB: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
+    PACKED: tl.constexpr, SEGMENTED: tl.constexpr, CHAINED: tl.constexpr, FULL: tl.constexpr,
+    P_TILES: tl.constexpr, N_TILES: tl.constexpr, Q: tl.constexpr, PB: tl.constexpr,
+    NB: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     WALKS: tl.constexpr = DIRECTIONS * N_TILES
     pid = tl.program_id(0)
@@ -229,11 +239,11 @@ def forward_kernel(
                 x, dt, A, B, C, D, z, dt_bias, init, y, ungated, final, cu_ptr, ws,
                 x_sd, x_sb, x_sl, x_sh, x_sp, B_sd, B_sb, B_sl, B_sg, B_sn,
                 C_sd, C_sb, C_sl, C_sg, C_sn, z_sb, z_sl, z_sh, z_sp, dt_sd, dt_sb, dt_sl, dt_sh,
-                carried_off, low, high, l, nseq, slots, rows, heads, heads_per_group, segments,
-                segment_slots, walk, p, n, p_offs, head, row, segment, walk.to(tl.int64), walk * 0,
-                walk, 2, 2 - 2 * number, X_SHARED, HAS_BIAS, HAS_D and number == 0, D_MATRIX, HAS_Z,
-                SAVE, HAS_INIT, HAS_FINAL, SOFTPLUS, PACKED, SEGMENTED, FULL, number > 0, Q, PB, NB,
-                DOT, STAGES,
+                marks_off, carry_off, carried_off, low, high, l, nseq, slots, rows, heads,
+                heads_per_group, segments, segment_slots, walk, p, n, p_offs, head, row, segment,
+                walk.to(tl.int64), walk * 0, walk, 2, 2 - 2 * number, X_SHARED, HAS_BIAS,
+                HAS_D and number == 0, D_MATRIX, HAS_Z, SAVE, HAS_INIT, HAS_FINAL, SOFTPLUS, PACKED,
+                SEGMENTED, CHAINED, FULL, number > 0, Q, PB, NB, DOT, STAGES,
             )  # fmt: skip
             tl.debug_barrier()  # another thread may read back what this one wrote to y
     else:
@@ -245,11 +255,11 @@ def forward_kernel(
                 x, dt, A, B, C, D, z, dt_bias, init, y, ungated, final, cu_ptr, ws,
                 x_sd, x_sb, x_sl, x_sh, x_sp, B_sd, B_sb, B_sl, B_sg, B_sn,
                 C_sd, C_sb, C_sl, C_sg, C_sn, z_sb, z_sl, z_sh, z_sp, dt_sd, dt_sb, dt_sl, dt_sh,
-                carried_off, low, high, l, nseq, slots, rows, heads, heads_per_group, segments,
-                segment_slots, reverse, p, n, p_offs, head, row, segment,
+                marks_off, carry_off, carried_off, low, high, l, nseq, slots, rows, heads,
+                heads_per_group, segments, segment_slots, reverse, p, n, p_offs, head, row, segment,
                 (walk // N_TILES).to(tl.int64), walk % N_TILES, walk, WALKS, 1, X_SHARED, HAS_BIAS,
                 HAS_D, D_MATRIX, HAS_Z, SAVE, HAS_INIT, HAS_FINAL, SOFTPLUS, PACKED, SEGMENTED,
-                FULL, WALKS > 1, Q, PB, NB, DOT, STAGES,
+                CHAINED, FULL, WALKS > 1, Q, PB, NB, DOT, STAGES,
             )  # fmt: skip
             if WALKS > 1:
                 tl.debug_barrier()

@@ -24,6 +24,7 @@ from .ssd_triton_backward import (
 from .ssd_triton_chunks import chunk_forward_kernel
 from .ssd_triton_forward import forward_kernel
 from .ssd_triton_scan import carry_segments_kernel, scan_kernel
+from .ssd_triton_segments import segment_states_kernel
 
 FAR = 2**31
 SUM_BLOCK = 1024
@@ -90,6 +91,7 @@ class _Call:
 class Forward(_WithStates):
     # x, dt, A, B, C, D, z, dt_bias, initial_states, cu_seqlens, y, ungated, final, workspace
     SCAN = itemgetter(0, 3, 0, 4, 1, 2, 7, 8, 12, 13, 13, 9, 13, 13)
+    STATES = itemgetter(0, 3, 1, 2, 7, 8, 13)
     CARRY = itemgetter(13, 13, 12, 13)
     WALK = itemgetter(0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 11, 12, 9, 13)
 
@@ -102,40 +104,55 @@ class Forward(_WithStates):
         )
         self.floats, at = plan.floats, plan.offsets
         segmented = plan.segments > 1
-        segments = plan.segments, plan.segment_slots
-        self.launches = []
-        if segmented:
-            scan = (
-                *c.inputs, 0, 0, 0, 0, *c.of_dt, 0, 0, 0, at["marks"], at["carry"], c.low, c.high,
-                c.l, c.nseq, -(-plan.slots // plan.joined), 0, c.b, c.b, c.h, c.h // c.g,
-                plan.segments, plan.segment_slots // plan.joined, c.reverse, c.p, c.n,
-                c.directions, False, False, c.has_bias, c.has_init, has_final, False, False,
-                c.softplus, c.packed, True, c.scan_full, plan.p_tiles, plan.scan_n_tiles,
-                cut.forward_chunk * plan.joined, c.p_block, planning.scan_n_block(c.n), c.dot,
-                cut.scan_stages,
-            )  # fmt: skip
-            programs = plan.lines * plan.p_tiles * plan.scan_n_tiles * plan.segments
-            carry = (
-                at["marks"], at["carry"], at["carried"], c.nseq, c.b, c.b, c.h, plan.segments,
-                c.reverse, c.p, c.n, c.directions, c.packed, has_final, False,
-                _segment_block(plan.segments), STATE_BLOCK,
-            )  # fmt: skip
-            blocks = plan.lines * -(-c.p * c.n // STATE_BLOCK)
-            self.launches = [
-                Launch(scan_kernel, programs, cut.scan_warps, self.SCAN, scan),
-                Launch(carry_segments_kernel, blocks, 4, self.CARRY, carry),
-            ]
+        self.launches = self._of_segments(c) if segmented else []
         both = c.directions == 2 and c.merged and plan.n_tiles == 1
         walk = (
-            *c.inputs, *c.of_z, *c.of_dt, at.get("carried", 0), c.low, c.high, c.l, c.nseq,
-            plan.slots, c.b, c.h, c.h // c.g, *segments, c.reverse, c.p, c.n, c.directions, both,
-            c.x_shared, c.has_bias, c.has_d, c.d_matrix, tensors[6] is not None, save_ungated,
-            c.has_init, has_final and not segmented, c.softplus, c.packed, segmented, c.full,
-            plan.p_tiles, plan.n_tiles, cut.forward_chunk, c.p_block, c.n_block, c.dot,
-            cut.forward_stages,
+            *c.inputs, *c.of_z, *c.of_dt, *(at.get(k, 0) for k in ("marks", "carry", "carried")),
+            c.low, c.high, c.l, c.nseq, plan.slots, c.b, c.h, c.h // c.g, plan.segments,
+            plan.segment_slots, c.reverse, c.p, c.n, c.directions, both, c.x_shared, c.has_bias,
+            c.has_d, c.d_matrix, tensors[6] is not None, save_ungated, c.has_init, has_final,
+            c.softplus, c.packed, segmented, plan.chained, c.full, plan.p_tiles, plan.n_tiles,
+            cut.forward_chunk, c.p_block, c.n_block, c.dot, cut.forward_stages,
         )  # fmt: skip
         programs = c.b * c.h * plan.p_tiles * plan.segments
         self.launches.append(Launch(forward_kernel, programs, cut.forward_warps, self.WALK, walk))
+
+    def _of_segments(self, c: _Call) -> list[Launch]:
+        """What comes before the walks: the states that segments leave, and what enters each."""
+        cut, plan, at = self.cut, self.plan, self.plan.offsets
+        slots, segment_slots = -(-plan.slots // plan.joined), plan.segment_slots // plan.joined
+        blocks = (
+            plan.p_tiles, plan.scan_n_tiles, cut.forward_chunk * plan.joined, c.p_block,
+            planning.scan_n_block(c.n), c.dot, cut.scan_stages,
+        )  # fmt: skip
+        programs = c.b * c.h * plan.p_tiles * plan.scan_n_tiles * plan.segments
+        if c.directions == 2 and c.merged and not c.packed:
+            states = (
+                *c.inputs[1:5], *c.inputs[6:10], *c.of_dt, at["marks"], at["carry"], c.low, c.high,
+                c.l, slots, c.b, c.h, c.h // c.g, plan.segments, segment_slots, c.p, c.n,
+                c.has_bias, c.has_init, c.softplus, c.scan_full, *blocks,
+            )  # fmt: skip
+            kernel: Any = segment_states_kernel
+            pick: itemgetter[Any] = self.STATES
+        else:
+            states = (
+                *c.inputs, 0, 0, 0, 0, *c.of_dt, 0, 0, 0, at["marks"], at["carry"], c.low, c.high,
+                c.l, c.nseq, slots, 0, c.b, c.b, c.h, c.h // c.g, plan.segments, segment_slots,
+                c.reverse, c.p, c.n, c.directions, False, False, c.has_bias, c.has_init, False,
+                False, False, c.softplus, c.packed, True, c.scan_full, *blocks,
+            )  # fmt: skip
+            kernel, pick = scan_kernel, self.SCAN
+            programs *= c.directions
+        launches = [Launch(kernel, programs, cut.scan_warps, pick, states)]
+        if not plan.chained:
+            carry = (
+                at["marks"], at["carry"], at["carried"], c.nseq, c.b, c.b, c.h, plan.segments,
+                c.reverse, c.p, c.n, c.directions, c.packed, False, False,
+                _segment_block(plan.segments), STATE_BLOCK,
+            )  # fmt: skip
+            blocks_of_state = plan.lines * -(-c.p * c.n // STATE_BLOCK)
+            launches.append(Launch(carry_segments_kernel, blocks_of_state, 4, self.CARRY, carry))
+        return launches
 
 
 class ChunkedForward(_WithStates):

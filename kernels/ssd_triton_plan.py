@@ -17,6 +17,7 @@ MOST_CHUNK = 128  # tokens
 STEP_TOKENS = 1024
 MOST_WORKSPACE = 140_000_000  # bytes a direction, beyond which a backward takes a batch in parts
 MOST_STATES = 140_000_000  # bytes beyond which a forward that stores states does
+MOST_CHAINED = 16  # segments whose states each walk adds up itself
 CHUNKED_DSTATE = 65  # from which the forward of both directions stores states
 
 
@@ -95,6 +96,7 @@ class ForwardPlan:
     slots: int  # chunks a row
     segments: int
     segment_slots: int
+    chained: bool  # whether a walk adds up what the segments before it left
     joined: int  # chunks that a step of the scan takes together
     lines: int  # directions × rows × heads
     p_tiles: int
@@ -119,14 +121,15 @@ def forward_plan(
     segment_slots = -(-segment_slots // joined) * joined
     segments = -(-slots // segment_slots)
     lines = directions * rows * h
+    chained = segments <= MOST_CHAINED
     workspace = _Workspace()
     if segments > 1:
         workspace.reserve("marks", lines * segments * 4)
         workspace.reserve("carry", lines * segments * p * n)
-        workspace.reserve("carried", lines * segments * p * n)
+        workspace.reserve("carried", lines * segments * p * n * (not chained))
     n_tiles, scan_n_tiles = -(-n // n_block(n, dtype)), -(-n // scan_n_block(n))
     return cut, ForwardPlan(
-        slots, segments, segment_slots, joined, lines, p_tiles, n_tiles, scan_n_tiles,
+        slots, segments, segment_slots, chained, joined, lines, p_tiles, n_tiles, scan_n_tiles,
         workspace.at, workspace.size,
     )  # fmt: skip
 

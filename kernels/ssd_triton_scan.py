@@ -191,6 +191,31 @@ def step_sizes(raw, valid, bias, a_log2, low, high, SOFTPLUS: tl.constexpr):
 
 
 @triton.jit
+def load_of_both(pointer, value, heads, USED: tl.constexpr):
+    """A head's number of each direction, (2,) float32; `value` where there are none."""
+    if USED:
+        return tl.load(pointer + tl.arange(0, 2) * heads).to(tl.float32)
+    return tl.full((2,), value, tl.float32)
+
+
+@triton.jit
+def step_sizes_of_both(raw, valid, bias, a_log2, low, high, SOFTPLUS: tl.constexpr):
+    """`step_sizes` of both directions, side by side in raw (q, 2), bias and a_log2 (2,).
+
+    All in the order of time. The running sum of the second direction is up to each token, not over
+    it: against time a token's own decay is not between it and the earlier ones.
+    """
+    size, cum, total = step_sizes(
+        raw, valid[:, None], bias[None, :], a_log2[None, :], low, high, SOFTPLUS
+    )
+    cum -= size * a_log2[None, :] * tl.arange(0, 2)[None, :]
+    size, other_size = tl.split(size)
+    cum, upto = tl.split(cum)
+    total, other_total = tl.split(total)
+    return size, cum, total, other_size, upto, other_total
+
+
+@triton.jit
 def _scan(
     X, x_sl, x_sp, V, v_sl, v_sn, DT, dt_sl, bias, a_log2, low, high,
     INIT, FINAL, STATES, CUM, DTP, FADE, MARKS, CARRY,

@@ -44,10 +44,11 @@ def defined(tensors, sizes, **options):
     return want
 
 
-def launched(tensors, sizes, lengths=None, cu_seqlens=None, dt_limit=(0.0, INFINITY)):
-    """The Triton kernels, of any dtype."""
+def launched(tensors, sizes, lengths=None, cu_seqlens=None, dt_limit=(0.0, INFINITY), dtype=None):
+    """The Triton kernels, whose products may be of any dtype."""
+    dtype = dtype or tensors["in_proj"].dtype
     return block_triton.mamba2_block(
-        *tensors.values(), lengths, cu_seqlens, *sizes.values(), *dt_limit, 1e-5, 1e-5
+        *tensors.values(), lengths, cu_seqlens, *sizes.values(), *dt_limit, 1e-5, 1e-5, dtype
     )
 
 
@@ -96,6 +97,14 @@ def test_rows_of_different_lengths_are_as_if_alone(dtype, small_tiles):
         alone = tensors | {"residual": tensors["residual"][row : row + 1, :length]}
         want = defined(alone, sizes)
         assert branch_error(got[row : row + 1, :length], want, alone["residual"]) < 1e-5
+
+
+def test_weights_are_cast_as_torch_casts_them(small_tiles):
+    tensors, sizes = draw(2, 19, 64, 2, 32, 1, 8, 2)
+    weights = {name: tensors[name].to(torch.bfloat16) for name in ("in_proj", "out_proj")}
+    got = launched(tensors, sizes, dtype=torch.bfloat16)
+    assert torch.equal(got, launched(tensors | weights, sizes))
+    assert torch.equal(got, launched(tensors | weights | {"out_proj": tensors["out_proj"]}, sizes))
 
 
 @pytest.mark.parametrize("tokens", [3, 100])
@@ -188,9 +197,10 @@ def test_what_the_kernels_serve(shape, residual, dtype, inner, sentence):
 
 def test_is_registered_as_torch_asks(small_tiles):
     tensors, sizes = draw(1, 5, 64, 2, 32, 1, 8, 2)
+    limits = 0.0, 1e3, 1e-5, 1e-5
     torch.library.opcheck(
         torch.ops.mamba2_apps.mamba2_block_triton.default,
-        (*tensors.values(), torch.tensor([3]), None, *sizes.values(), 0.0, 1e3, 1e-5, 1e-5),
+        (*tensors.values(), torch.tensor([3]), None, *sizes.values(), *limits, torch.float32),
         test_utils=("test_schema", "test_faketensor"),
     )
     assert kernels.mamba2_block is mamba2_block

@@ -161,13 +161,15 @@ def test_packed(monkeypatch, direction):
 
 
 @interpreted
-@pytest.mark.parametrize(("chunk", "l"), [(16, 34), (32, 83)])
+@pytest.mark.parametrize(("chunk", "l", "chained"), [(16, 34, 8), (32, 83, 0)])
 @pytest.mark.parametrize("direction", DIRECTIONS[1:])
-def test_cut_into_segments_and_splits(monkeypatch, direction, chunk, l):
+def test_cut_into_segments_and_splits(monkeypatch, direction, chunk, l, chained):
     """Segments, heads split over programs, and tiles over headdim and dstate, all at once.
 
-    With longer chunks the scan before the walks takes two of theirs together.
+    With longer chunks the scan before the walks takes two of theirs together; the walks add up few
+    segments' states themselves, and a launch between them those of many.
     """
+    monkeypatch.setattr(ssd_triton_plan, "MOST_CHAINED", chained)
     use_tiling(
         monkeypatch, forward_chunk=16, chunk=chunk, tile=16, scan_programs=64, least_segment=1,
         backward_programs=64, shared_programs=64,
@@ -179,6 +181,16 @@ def test_cut_into_segments_and_splits(monkeypatch, direction, chunk, l):
     torch.manual_seed(0)
     case, options = split_options(direction)
     check(draw(l=l, p=20, n=20, d_matrix=True, **case), **options)
+
+
+@interpreted
+@pytest.mark.parametrize("chained", [0, 8])
+def test_packed_sequences_cut_into_segments(monkeypatch, chained):
+    use_tiling(monkeypatch, **SMALL_CHUNKS, scan_programs=8, least_segment=1)
+    monkeypatch.setattr(ssd_triton_plan, "MOST_CHAINED", chained)
+    torch.manual_seed(0)
+    bounds = [0, 1, 30, 31, 70]
+    check(draw(l=70, bounds=bounds, both=True), bounds)
 
 
 @interpreted
