@@ -5,9 +5,11 @@
 Inference and training steps (forward, cross-entropy, backward, AdamW), bfloat16 autocast, eager and
 compiled with CUDA graphs, DeiT with torch's scaled_dot_product_attention. "without SSD" is our tiny
 model with a product of its inputs in place of the SSD: what the rest of a block costs. A row is a
-median over repetitions after a warm-up; a row that results/vision.json has is not measured again,
-so a run that was cut off goes on. --workers compiles as many rows side by side and measures them
-one after the other. Writes vision.json, vision.md and vision.png into benchmarks/results.
+median over repetitions after a warm-up, of which short steps run some at a time, so that the host
+prepares one while the device does another, as in any loop; a row that results/vision.json has is
+not measured again, so a run that was cut off goes on. --workers compiles as many rows side by side
+and measures them one after the other, in several turns; what finds no room beside the others is
+built again alone. Writes vision.json, vision.md and vision.png into benchmarks/results.
 """
 
 import argparse
@@ -52,6 +54,8 @@ BARS = {
     (2048, "inference"): 2.5,
     (2048, "training"): 1.8,
 }
+TURNS = 3  # of a row at the clock, between those of others: the device's own clock drifts
+RUN_SECONDS = 0.05  # of steps that nobody waits for one by one
 MEMORY_BAR = (1248, 1.3)  # size, times deit_tiny's peak in training
 
 
@@ -104,15 +108,21 @@ def step_of(model: nn.Module, images: Tensor, mode: str) -> Callable[[], object]
 
 
 def seconds_of(step: Callable[[], object], device: str, budget: float) -> list[float]:
-    """Seconds of each step for `budget` seconds, at least three; the clock waits for the device."""
+    """Seconds of a step in each of several runs of steps, at least two, for `budget` seconds."""
     wait = torch.cuda.synchronize if device == "cuda" else (lambda: None)
-    times: list[float] = []
-    while sum(times) < budget or len(times) < 3:
+
+    def run_of(steps: int) -> float:
         start = time.perf_counter()
-        step()
+        for _ in range(steps):
+            step()
         wait()
-        times.append(time.perf_counter() - start)
-    return times
+        return time.perf_counter() - start
+
+    steps = max(1, round(RUN_SECONDS / run_of(1)))
+    runs: list[float] = []
+    while sum(runs) < budget or len(runs) < 2:
+        runs.append(run_of(steps))
+    return [seconds / steps for seconds in runs]
 
 
 def build(row: dict[str, Any], device: str) -> Callable[[], object]:
@@ -139,20 +149,38 @@ def build_if_room(row: dict[str, Any], device: str) -> Callable[[], object] | No
         return None
 
 
-def clock(step: Callable[[], object], row: dict[str, Any], budget: float) -> dict[str, Any]:
-    """Images a second and peak memory of a step."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+def peak_gib(step: Callable[[], object]) -> float:
+    """Of the memory that is reserved: what is allocated does not count what CUDA graphs keep."""
+    if not torch.cuda.is_available():
+        return 0.0
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
     step()
-    times, peak = seconds_of(step, device, budget), 0.0
-    if device == "cuda":
-        # Reserved memory: what is allocated does not count what CUDA graphs keep for themselves.
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        step()
-        torch.cuda.synchronize()
-        peak = torch.cuda.max_memory_reserved() / 2**30
-    rate = row["batch"] / statistics.median(times)
-    return row | {"images_per_s": round(rate, 1), "peak_gib": round(peak, 3), "steps": len(times)}
+    torch.cuda.synchronize()
+    return round(torch.cuda.max_memory_reserved() / 2**30, 3)
+
+
+class Clock:
+    """Seconds of a row's steps, and the memory of one."""
+
+    def __init__(self, device: str) -> None:
+        self.device, self.peak = device, 0.0
+        self.times: list[float] = []
+
+    def run(self, step: Callable[[], object] | None, seconds: float) -> None:
+        try:
+            if step is not None:
+                step()
+                self.times += seconds_of(step, self.device, seconds)
+                self.peak = self.peak or peak_gib(step)
+        except torch.OutOfMemoryError:
+            self.times.clear()
+
+    def result(self, batch: int) -> dict[str, Any]:
+        if not self.times:
+            return {"failed": "out of memory"}
+        rate = batch / statistics.median(self.times)
+        return {"images_per_s": round(rate, 1), "peak_gib": self.peak, "runs": len(self.times)}
 
 
 def work(
@@ -160,30 +188,27 @@ def work(
 ) -> None:
     """Measure rows: all workers build theirs side by side, then take turns at the clock.
 
-    A row that finds no room while others build theirs is built in its turn.
+    A row that finds no room beside the others is built and measured when they have ended theirs.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for row in rows:
-        step = None
+        clock = Clock(device)
         with chosen_ssd(row["model"] if row else ""):
-            for _ in range(4 if row else 0):
-                step = build_if_room(row, device)
-                if step is not None:
-                    break
-                _free(device)
-                time.sleep(5)  # others are done with their first steps soon
+            step = build_if_room(row, device) if row else None
+            _free(device)
+            for _ in range(TURNS):
+                barrier.wait()
+                with turn:
+                    clock.run(step, budget / TURNS)
+            step = None
             _free(device)
             barrier.wait()
             with turn:
                 if row is not None:
-                    step = step or build_if_room(row, device)
-                    full = {"failed": "out of memory"}
-                    try:
-                        out.put(row | full if step is None else clock(step, row, budget))
-                    except torch.OutOfMemoryError:
-                        out.put(row | full)
-                    step = None
-                    _free(device)
+                    if not clock.times:
+                        clock.run(build_if_room(row, device), budget)
+                        _free(device)
+                    out.put(row | clock.result(row["batch"]))
         barrier.wait()
 
 
