@@ -3,6 +3,8 @@
 Dimension legend: batch b · seqlen l · nheads h · headdim p · ngroups g · dstate n · d_model d
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,6 +16,8 @@ from .dispatch import (
     autocast_dtype,
     check_parameter_dtype,
     check_tensor,
+    debugging,
+    is_plain,
     no_autocast,
     resolve_backend,
 )
@@ -89,15 +93,18 @@ def mamba2_block(
         residual, norm_weight, in_proj, conv_weight, conv_bias, dt_bias, A, D, gate_norm_weight,
         out_proj, lengths if A.dim() == 2 else None, cu_seqlens,
     )  # fmt: skip
-    _check(*tensors, headdim, ngroups, d_state, dt_limit, dtype)
     limits = float(dt_limit[0]), float(dt_limit[1])
     settings = headdim, ngroups, d_state, *limits, eps, gate_eps, dtype
     if resolve_backend(backend, residual) == "triton":
-        if reason := why_not_served(residual, dtype, out_proj.shape[1]):
+        if reason := why_not_served(residual, dtype, out_proj.shape[-1]):
             raise ValueError(f"the Triton backend {reason}")
         from . import block_triton
 
+        if debugging() or not is_plain(*tensors):
+            check(tensors, headdim, ngroups, d_state, dt_limit, dtype)
+        # It checks other tensors itself, once for all that are alike.
         return block_triton.mamba2_block(*tensors, *settings)
+    check(tensors, headdim, ngroups, d_state, dt_limit, dtype)
     with no_autocast(residual):
         return _torch(*tensors, *settings)
 
@@ -107,7 +114,7 @@ def why_not_served(residual: Tensor, dtype: torch.dtype, inner: int) -> str | No
 
     dtype is the products', inner is h p.
     """
-    d = residual.shape[2]
+    d = residual.shape[-1]
     if dtype != torch.bfloat16:
         return f"multiplies bfloat16 in a block, and the products are {dtype}"
     if residual.dtype not in (dtype, torch.float32):
@@ -119,10 +126,19 @@ def why_not_served(residual: Tensor, dtype: torch.dtype, inner: int) -> str | No
     return None
 
 
-def _check(
-    residual, norm_weight, in_proj, conv_weight, conv_bias, dt_bias, A, D, gate_norm_weight,
-    out_proj, lengths, cu_seqlens, p, g, n, dt_limit, dtype,
-) -> None:  # fmt: skip
+def check(
+    tensors: tuple[Any, ...],
+    p: int,
+    g: int,
+    n: int,
+    dt_limit: tuple[float, float],
+    dtype: torch.dtype,
+) -> None:
+    """Raises ValueError where shapes, dtypes and devices are not as `mamba2_block` says."""
+    (
+        residual, norm_weight, in_proj, conv_weight, conv_bias, dt_bias, A, D, gate_norm_weight,
+        out_proj, lengths, cu_seqlens,
+    ) = tensors  # fmt: skip
     wide = torch.promote_types(dtype, torch.float32)
     if residual.dtype not in (dtype, wide):
         raise ValueError(f"residual has dtype {residual.dtype}, expected {dtype} or {wide}")

@@ -18,13 +18,12 @@ Dimensions: tokens m · width of the residual stream d · inner channels h p
 from operator import itemgetter
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .block import DT_OF_PADDING, PIECE
-from .launching import Launch, Prepared, dot_precision, on, prepare
+from .launching import Launch, Prepared, dot_precision
 from .sigmoid_triton import sigmoid
 
 
@@ -43,8 +42,6 @@ GATED_LINEAR = Tiles(rows=128, columns=64, warps=8, stages=3)
 MOST_STAGED = 192
 # Below so many programs, two a multiprocessor of an H100, the first kernel divides its outputs too.
 MANY_PROGRAMS = 264
-# Triton asks of a stride whether 16 divides it: then whole vectors are read.
-ROW_MULTIPLE = 16
 
 
 @triton.jit
@@ -142,17 +139,24 @@ def gated_linear_kernel(
         tl.store(out_ptr + at + j * PIECE, out.to(out_ptr.dtype.element_ty), mask=known)
 
 
-class _NormLinear(Prepared):
+class NormLinear(Prepared):
+    """W (r w / rms(r)) as (b, l, e rounded up), from r (b, l, d), w (d,) and W (e, d).
+
+    Further columns are 0. With lengths (b,), tokens at and after lengths[i] get 0, and
+    DT_OF_PADDING in the columns from first_dt.
+    """
+
     # residual, norm_weight, weight, lengths, out
     ALL = itemgetter(0, 1, 2, 3, 4)
 
-    def __init__(self, tensors, first_dt: int, eps: float, tiles: Tiles, many: int) -> None:
-        residual, _, weight, _, out = tensors
+    def __init__(
+        self, residual: Tensor, weight: Tensor, out: Tensor, first_dt: int, eps: float,
+        tiles: Tiles, many_programs: int,
+    ) -> None:  # fmt: skip
         super().__init__(residual.device)
         b, l, d = residual.shape
-        stride = out.shape[2]
-        row_tiles = triton.cdiv(b * l, tiles.rows)
-        n_splits = min(triton.cdiv(many, row_tiles), triton.cdiv(stride, tiles.columns))
+        stride, row_tiles = out.shape[2], triton.cdiv(b * l, tiles.rows)
+        n_splits = min(triton.cdiv(many_programs, row_tiles), triton.cdiv(stride, tiles.columns))
         rest = (
             b * l, l, n_splits, eps, d, weight.shape[0], stride, first_dt, DT_OF_PADDING, PIECE,
             tiles.rows, tiles.columns, tiles.stages, dot_precision(weight.dtype),
@@ -162,35 +166,18 @@ class _NormLinear(Prepared):
         ]
 
 
-def norm_linear(
-    residual: Tensor,
-    norm_weight: Tensor,
-    weight: Tensor,
-    lengths: Tensor | None,
-    first_dt: int,
-    eps: float,
-) -> Tensor:
-    """W (r w / rms(r)) as (b, l, e rounded up), from r (b, l, d), w (d,) and W (e, d).
+class GatedLinear(Prepared):
+    """r + W (v w' / rms(v)), v = y silu(gate (r w / rms(r))), (b, l, d) of r's dtype.
 
-    Further columns are 0. With lengths (b,), tokens at and after lengths[i] get 0, and
-    DT_OF_PADDING in the columns from first_dt.
+    y (b, l, h p), gate (h p or more, d), of which the first rows count, W (d, h p), w' (h p,).
     """
-    with on(residual.device):
-        stride = -(-weight.shape[0] // ROW_MULTIPLE) * ROW_MULTIPLE
-        size = (*residual.shape[:2], stride)
-        out = torch.empty(size, dtype=weight.dtype, device=residual.device)
-        tensors = residual, norm_weight.contiguous(), weight, lengths, out
-        settings = first_dt, eps, NORM_LINEAR, MANY_PROGRAMS
-        prepare(_NormLinear, tensors, *settings).run(tensors)
-    return out
 
-
-class _GatedLinear(Prepared):
     # y, residual, norm_weight, gate, gate_norm_weight, weight, out
     ALL = itemgetter(0, 1, 2, 3, 4, 5, 6)
 
-    def __init__(self, tensors, eps: float, gate_eps: float, tiles: Tiles) -> None:
-        _, residual, _, _, _, weight, _ = tensors
+    def __init__(
+        self, residual: Tensor, weight: Tensor, eps: float, gate_eps: float, tiles: Tiles
+    ) -> None:
         super().__init__(residual.device)
         b, l, d = residual.shape
         stages = tiles.stages if d <= MOST_STAGED else min(tiles.stages, 2)
@@ -202,24 +189,6 @@ class _GatedLinear(Prepared):
         self.launches = [Launch(gated_linear_kernel, programs, tiles.warps, self.ALL, rest)]
 
 
-def gated_linear(
-    y: Tensor,
-    residual: Tensor,
-    norm_weight: Tensor,
-    gate: Tensor,
-    gate_norm_weight: Tensor,
-    weight: Tensor,
-    eps: float,
-    gate_eps: float,
-) -> Tensor:
-    """r + W (v w' / rms(v)), v = y silu(gate (r w / rms(r))), (b, l, d) of r's dtype.
-
-    y (b, l, h p), gate (h p or more, d), of which the first rows count, W (d, h p), w' (h p,).
-    """
-    with on(residual.device):
-        out = torch.empty_like(residual)
-        tensors = (
-            y, residual, norm_weight.contiguous(), gate, gate_norm_weight.contiguous(), weight, out,
-        )  # fmt: skip
-        prepare(_GatedLinear, tensors, eps, gate_eps, GATED_LINEAR).run(tensors)
-    return out
+def row_length(outputs: int) -> int:
+    """Of what NormLinear gives: Triton asks of a stride whether 16 divides it for whole vectors."""
+    return -(-outputs // 16) * 16

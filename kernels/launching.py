@@ -5,7 +5,7 @@ arguments, so the kernels compiled for a call are kept and called directly, with
 """
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -37,7 +37,12 @@ class Prepared:
 
     def run(self, tensors: Sequence[Tensor | None]) -> None:
         """kernel[grid](*args) for each, but Triton looks at the arguments the first time only."""
-        pointers = [None if t is None else t.data_ptr() for t in tensors]
+        self.run_at([None if t is None else t.data_ptr() for t in tensors], lambda: tensors)
+
+    def run_at(
+        self, pointers: list[int | None], tensors: Callable[[], Sequence[Tensor | None]]
+    ) -> None:
+        """`run` of what lies at these addresses; as tensors only where Triton wants to see them."""
         union = 0
         for pointer in pointers:
             union |= pointer or 0
@@ -45,7 +50,7 @@ class Prepared:
         aligned = None if union % 16 == 0 else tuple((p or 0) % 16 == 0 for p in pointers)
         compiled = self.compiled.get(aligned)
         if compiled is None:
-            self.compiled[aligned] = self._first_run(tensors)
+            self.compiled[aligned] = self._first_run(tensors())
         elif compiled and not _is_watched():
             stream = driver.active.get_current_stream(self.device_index)
             for run, function, metadata, programs, pick, rest in compiled:
@@ -54,8 +59,9 @@ class Prepared:
                     *pick(pointers), *rest,
                 )  # fmt: skip
         else:  # the interpreter, or a profiler that wants to know more
+            seen = tensors()
             for kernel, programs, warps, pick, rest in self.launches:
-                kernel[(programs,)](*pick(tensors), *rest, num_warps=warps)
+                kernel[(programs,)](*pick(seen), *rest, num_warps=warps)
 
     def _first_run(self, tensors: Sequence[Tensor | None]) -> list[Any]:
         if interpreting():
@@ -109,8 +115,8 @@ _MOST_PREPARED = 4096
 def prepare(make: type, tensors: tuple[Any, ...], *settings: Any) -> Any:
     """make(tensors, *settings) on the first call for such tensors and settings, kept for others."""
     key = (
-        make, settings, torch.backends.cuda.matmul.allow_tf32, tensors[0].device,
-        *[None if t is None else (t.shape, t.stride(), t.dtype) for t in tensors],
+        make, settings, torch.backends.cuda.matmul.allow_tf32,
+        *[None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in tensors],
     )  # fmt: skip
     prepared = _prepared.get(key)
     if prepared is None:

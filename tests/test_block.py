@@ -107,6 +107,20 @@ def test_weights_are_cast_as_torch_casts_them(small_tiles):
     assert torch.equal(got, launched(tensors | weights | {"out_proj": tensors["out_proj"]}, sizes))
 
 
+def test_alike_tensors_may_lie_anywhere(small_tiles):
+    """Launches are prepared once for all blocks of the same sizes."""
+    tensors, sizes = draw(1, 9, 64, 2, 32, 1, 8, 2)
+    want = launched(tensors, sizes)
+    for names in (("in_proj", "out_proj"), ("out_proj", "in_proj")):
+        flat = torch.cat([tensors[name].flatten() for name in names]).split(
+            [tensors[name].numel() for name in names]
+        )
+        moved = {k: part.view(tensors[k].shape) for k, part in zip(names, flat, strict=True)}
+        assert torch.equal(launched(tensors | moved, sizes), want)
+    with pytest.raises(ValueError, match=r"out_proj has shape \(64, 32\)"):
+        launched(tensors | {"out_proj": tensors["out_proj"][:, :32]}, sizes)
+
+
 @pytest.mark.parametrize("tokens", [3, 100])
 def test_divided_outputs_are_the_same(tokens, monkeypatch, small_tiles):
     tensors, sizes = draw(1, tokens, 64, 2, 32, 1, 8, 2)
