@@ -59,7 +59,7 @@ class _Block(Prepared):
         self._reserve("y", dtype, b, l, sizes.h, p)
 
         gate, out_weight = ("weights", "out_weight") if self.casts else ("in_proj", "out_proj")
-        at = given | self._between(in_proj, self._workspace(residual))
+        at = given | self._between(in_proj, self.workspace(residual))
         first, second, many = tiles
         product_in = products.NormLinear(
             residual, at["in_weight"], at["rows"], self.channels, eps, first, many
@@ -78,7 +78,7 @@ class _Block(Prepared):
         self.first_state = scan.states
         product_out = products.GatedLinear(residual, at[out_weight], eps, gate_eps, second)
 
-        workspace = self._workspace(residual)
+        workspace = self.workspace(residual)
         between = self._between(in_proj, workspace)
         # Which address each of them counts from: the workspace's, which follows the inputs'.
         self.places = {k: (-1, t.data_ptr() - workspace.data_ptr()) for k, t in between.items()}
@@ -108,7 +108,7 @@ class _Block(Prepared):
         size = math.prod(shape) * dtype.itemsize
         self.bytes += -(-size // ALIGNMENT) * ALIGNMENT
 
-    def _workspace(self, residual: Tensor) -> Tensor:
+    def workspace(self, residual: Tensor) -> Tensor:
         return torch.empty(self.bytes // 4, dtype=torch.float32, device=residual.device)
 
     def _between(self, in_proj: Tensor, workspace: Tensor) -> dict[str, Tensor]:
@@ -140,17 +140,21 @@ class _Block(Prepared):
 
     def __call__(self, inputs: Sequence[Tensor | None]) -> Tensor:
         residual: Any = inputs[0]
-        workspace, out = self._workspace(residual), torch.empty_like(residual)
+        workspace, out = self.workspace(residual), torch.empty_like(residual)
         given = [None if t is None else t.data_ptr() for t in inputs]
         bases: list[Any] = [*given, workspace.data_ptr()]
         between = [bases[base] + offset for base, offset in self.places.values()]
 
-        def tensors() -> list[Tensor | None]:
-            in_proj: Any = inputs[INPUTS.index("in_proj")]
-            return [*inputs, *self._between(in_proj, workspace).values(), out, None]
-
-        self.run_at([*given, *between, out.data_ptr(), None], tensors)
+        pointers = [*given, *between, out.data_ptr(), None]
+        self.run_at(pointers, lambda: self.tensors(inputs, workspace, out))
         return out
+
+    def tensors(
+        self, inputs: Sequence[Tensor | None], workspace: Tensor, out: Tensor
+    ) -> list[Tensor | None]:
+        """All that the launches choose from."""
+        in_proj: Any = inputs[INPUTS.index("in_proj")]
+        return [*inputs, *self._between(in_proj, workspace).values(), out, None]
 
 
 def _forward(*inputs: Any) -> Tensor:

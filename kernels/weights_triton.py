@@ -12,7 +12,7 @@ BLOCK, WARPS = 1024, 4
 
 
 @triton.jit
-def _kernel(first_ptr, second_ptr, out_ptr, n_first, n_second, BLOCK: tl.constexpr):
+def cast_kernel(first_ptr, second_ptr, out_ptr, n_first, n_second, BLOCK: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     of_first = at < n_first
     value = tl.load(first_ptr + at, mask=of_first, other=0.0)
@@ -29,4 +29,4 @@ class Cast(Prepared):
         super().__init__(first.device)
         sizes = first.numel(), second.numel()
         programs = triton.cdiv(sum(sizes), BLOCK)
-        self.launches = [Launch(_kernel, programs, WARPS, self.ALL, (*sizes, BLOCK))]
+        self.launches = [Launch(cast_kernel, programs, WARPS, self.ALL, (*sizes, BLOCK))]
