@@ -144,16 +144,16 @@ def read_genbank(path: str | PathLike[str]) -> Iterator[tuple[Record, list[Featu
     """Each record of a GenBank file with its features, through Biopython.
 
     A feature that runs over the origin of a circular genome is two, one on either side of it. What
-    lies between two bases is left out, and, with a warning, what lies partly in another record.
-    Raises UnreadableInput for a record without sequence, a name that comes twice, or, in the end,
-    where no record has features besides its source.
+    lies between two bases is left out, and, with a warning, what lies partly in another record or
+    has no location that can be read. Raises UnreadableInput for a record without sequence or with
+    another length than its LOCUS line says, a name that comes twice, or, in the end, where no
+    record has features besides its source.
     """
     records, annotated = 0, False
     names: set[str] = set()
     try:
-        with open_text(path) as text, warnings.catch_warnings():
-            warnings.simplefilter("ignore", BiopythonParserWarning)  # older dialects of the header
-            for records, entry in enumerate(SeqIO.parse(text, "genbank"), 1):  # noqa: B007
+        with open_text(path) as text:
+            for records, (entry, remarks) in enumerate(_genbank_entries(text), 1):  # noqa: B007
                 where = f"{fspath(path)}: record {entry.id}"
                 contig = entry.name
                 if contig in names:
@@ -167,6 +167,7 @@ def read_genbank(path: str | PathLike[str]) -> Iterator[tuple[Record, list[Featu
                         f"{where} has no sequence (ORIGIN); fetch the full record"
                     )
                 sequence = check_sequence(str(entry.seq), where)
+                _check_remarks(remarks, where)
                 features = [
                     feature
                     for f in entry.features
@@ -180,9 +181,10 @@ def read_genbank(path: str | PathLike[str]) -> Iterator[tuple[Record, list[Featu
     except UnreadableInput:
         raise
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise truncated(path, 0) from error
+        raise truncated(path, records, "record") from error
     except ValueError as error:
-        raise UnreadableInput(f"{fspath(path)}: after record {records}: {error}") from error
+        reason = " ".join(str(error).split())  # Biopython's may be of several lines
+        raise UnreadableInput(f"{fspath(path)}: after record {records}: {reason}") from error
     if not records:
         raise UnreadableInput(f"{fspath(path)} holds no GenBank record; expected a line LOCUS")
     if not annotated:
@@ -191,43 +193,96 @@ def read_genbank(path: str | PathLike[str]) -> Iterator[tuple[Record, list[Featu
         )
 
 
+def _genbank_entries(text: IO[str]) -> Iterator[tuple[Any, list[str]]]:
+    """Biopython's record and what its parser remarked on, which it warns of and goes on."""
+    entries = SeqIO.parse(text, "genbank")
+    while True:
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always", BiopythonParserWarning)
+            entry = next(entries, None)
+        if entry is None:
+            return
+        yield entry, [str(warning.message) for warning in found]
+
+
+def _check_remarks(remarks: Iterable[str], where: str) -> None:
+    """Raise UnreadableInput for a part of a sequence, and warn of a feature without a place.
+
+    Other remarks are on older dialects of the format.
+    """
+    for remark in remarks:
+        if length := re.match(r"Expected sequence length (\d+), found (\d+)", remark):
+            raise UnreadableInput(
+                f"{where} has {int(length[2]):,} bases, but {int(length[1]):,} in its LOCUS line; "
+                "is it truncated? Fetch it again, or correct that line"
+            )
+        reason, found, _ = remark.partition("; setting feature location to None")
+        if found:
+            warnings.warn(f"{where}: {reason}; the feature is left out", stacklevel=2)
+
+
 def genbank_genome(path: str | PathLike[str]) -> MemoryGenome:
     """The sequences of a GenBank file, in memory."""
     return MemoryGenome({record.name: record.sequence for record, _ in read_genbank(path)}, path)
 
 
 def joined(features: Iterable[Feature], kind: str = "CDS") -> list[Feature]:
-    """Lines of GFF3 or GTF of one kind, joined by their Parent or transcript_id into features.
+    """Lines of GFF3 or GTF of one kind, joined by their Parent, transcript_id or ID into features.
 
     A line of several parents is part of each. What has no such attribute, or has blocks already,
-    stays as it is. The stop codon, which GTF keeps out of CDS and GFF3 does not, is part of it.
+    stays as it is. Lines on both strands (trans-splicing) become a feature without strand. The stop
+    codon, which GTF keeps out of CDS and GFF3 does not, is part of it.
     """
     groups: dict[Any, list[Feature]] = {}
     stops: dict[Any, list[tuple[int, int]]] = {}
     for index, feature in enumerate(features):
+        own = feature.attributes.get("ID")
         transcript = feature.attributes.get("transcript_id")
         parents = feature.attributes.get("Parent", transcript or "").split(",")
-        keys = [(feature.contig, parent) if parent else index for parent in parents]
+        alone = ("ID", feature.contig, own) if own else index
+        keys = [(feature.contig, parent) if parent else alone for parent in parents]
         for key in keys:
             if feature.kind == kind:
                 groups.setdefault(key, []).append(feature)
             elif (kind, feature.kind) == ("CDS", "stop_codon"):
                 stops.setdefault(key, []).extend(feature.blocks)
-    whole = []
-    for key, parts in groups.items():
-        blocks = [block for part in parts for block in part.blocks]
-        for stop in stops.get(key, ()):
-            blocks = _with_stop(blocks, stop)
-        blocks.sort()
-        start, end = blocks[0][0], max(block[1] for block in blocks)
-        # The one that comes first in its direction, since its phase is that of the whole.
-        first = (
-            max(parts, key=lambda p: p.end)
-            if parts[0].strand == "-"
-            else min(parts, key=lambda p: p.start)
-        )
-        whole.append(replace(first, start=start, end=end, blocks=tuple(blocks)))
-    return whole
+    return [
+        _one_region(parts, stops.get(key, ()))
+        for key, lines in groups.items()
+        for parts in _regions_of(lines)
+    ]
+
+
+def _regions_of(lines: list[Feature]) -> list[list[Feature]]:
+    """The lines of each region of one parent: all of them, or those of each ID where they overlap.
+
+    A bacterial gene of two products has two such regions. An ID may as well be that of a line, and
+    a frame that shifts back takes up to two bases twice.
+    """
+    ordered = sorted(lines, key=lambda line: line.start)
+    if not any(
+        a.end - b.start > 2 and a.attributes.get("ID") != b.attributes.get("ID")
+        for a, b in pairwise(ordered)
+    ):
+        return [lines]
+    regions: dict[str | None, list[Feature]] = {}
+    for line in lines:
+        regions.setdefault(line.attributes.get("ID"), []).append(line)
+    return list(regions.values())
+
+
+def _one_region(parts: list[Feature], stops: Iterable[tuple[int, int]]) -> Feature:
+    """Lines of a region, and its stop codon where that is not among them, as one feature."""
+    blocks = [block for part in parts for block in part.blocks]
+    for stop in stops:
+        blocks = _with_stop(blocks, stop)
+    blocks.sort()
+    start, end = blocks[0][0], max(block[1] for block in blocks)
+    strands = {part.strand for part in parts}
+    strand = parts[0].strand if len(strands) == 1 else "."
+    # The one that comes first in its direction, since its phase is that of the whole.
+    first = max(parts, key=lambda p: p.end) if strand == "-" else min(parts, key=lambda p: p.start)
+    return replace(first, start=start, end=end, blocks=tuple(blocks), strand=strand)
 
 
 def _with_stop(blocks: list[tuple[int, int]], stop: tuple[int, int]) -> list[tuple[int, int]]:

@@ -235,6 +235,43 @@ def test_gff_as_tools_write_it(tmp_path):
         read_features(write(tmp_path / "a.gtf", gtf.replace("\t0\t", "\t3\t")))
 
 
+CDS_LINE = "one\tx\tCDS\t{}\t{}\t.\t{}\t0\t{}\n"
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        # One ID is one feature, with or without a Parent.
+        (
+            [(1, 9, "+", "ID=a"), (21, 30, "+", "ID=a"), (41, 50, "+", "ID=b")],
+            ["1-9 21-30", "41-50"],
+        ),
+        # Two products of one gene, as NCBI writes a programmed frameshift.
+        (
+            [
+                (1, 60, "+", "ID=a;Parent=g"),
+                (1, 30, "+", "ID=b;Parent=g"),
+                (30, 35, "+", "ID=b;Parent=g"),
+            ],
+            ["1-60", "1-30 30-35"],
+        ),
+        # IDs of lines are no features; a frame that shifts back takes two bases twice.
+        ([(1, 9, "+", "ID=a1;Parent=g"), (8, 30, "+", "ID=a2;Parent=g")], ["1-9 8-30"]),
+    ],
+)
+def test_lines_of_gff_are_joined_into_coding_regions(tmp_path, lines, expected):
+    text = "".join(CDS_LINE.format(*line) for line in lines)
+    found = joined(read_features(write(tmp_path / "a.gff3", text)))
+    assert [" ".join(f"{a + 1}-{b}" for a, b in f.blocks) for f in found] == expected
+
+
+def test_a_gene_of_both_strands_has_none(tmp_path):
+    lines = [(1, 9, "+", "ID=a;Parent=g"), (21, 30, "-", "ID=a;Parent=g")]
+    text = "".join(CDS_LINE.format(*line) for line in lines)
+    (feature,) = joined(read_features(write(tmp_path / "a.gff3", text)))
+    assert feature.strand == "."
+
+
 @pytest.mark.parametrize(
     ("stops", "blocks"),
     [
@@ -308,6 +345,28 @@ def test_other_things_of_genbank(tmp_path):
     data[-6] ^= 1
     with pytest.raises(UnreadableInput, match="truncated or damaged"):
         list(read_genbank(write(tmp_path / "g.gbk.gz", bytes(data))))
+
+
+def test_a_genbank_that_was_cut_or_lacks_a_place_is_named(tmp_path):
+    path = genbank(tmp_path, "1..9")
+    write(path, path.read_text()[:-20])
+    with pytest.raises(
+        UnreadableInput, match=r"g\.gbk: record one\.1 has 4\d bases, but 60 in its"
+    ):
+        list(read_genbank(path))
+    for kept in (1, 2):  # records before the one that is cut
+        data = "".join(genbank(tmp_path, "1..9", name=f"r{i}").read_text() for i in range(kept))
+        data = gzip.compress((data + genbank(tmp_path, "1..9").read_text()).encode(), 0)
+        with pytest.raises(UnreadableInput, match=f"truncated or damaged after record {kept}"):
+            list(read_genbank(write(tmp_path / "g.gbk.gz", data[:-150])))
+    path = genbank(tmp_path, "51..9", "1..9")
+    write(path, path.read_text().replace("circular", "linear  "))
+    with pytest.warns(UserWarning, match=r"record one\.1: .*'51\.\.9'.*the feature is left out$"):
+        ((_, found),) = read_genbank(path)
+    assert len(found) == 1
+    with pytest.raises(UnreadableInput, match=r"after record 0: Problem .*join\(1\.\.5") as error:
+        list(read_genbank(genbank(tmp_path, "join(1..5")))
+    assert "\n" not in str(error.value)
 
 
 def test_peaks_have_a_summit(tmp_path):
