@@ -201,6 +201,9 @@ class KmerTokenizer(Tokenizer):
 class BytePairTokenizer(Tokenizer):
     """Byte-pair encoding as in DNABERT-2 (Zhou et al. 2023), through the `tokenizers` library.
 
+    A model from elsewhere may lack letters: each is its unknown token then, which decodes as N, and
+    where it has none, encoding raises ValueError. No tokens are added around a sequence.
+
     Args:
         model: the library's own JSON, as `train` makes it, or what that JSON holds.
     """
@@ -239,14 +242,22 @@ class BytePairTokenizer(Tokenizer):
         return torch.tensor(self._encoding(sequence).ids, dtype=torch.int64)
 
     def decode(self, ids: Tensor) -> str:
-        return "".join(_texts(self, ids))
+        unknown = getattr(self._model.model, "unk_token", None)  # type: ignore[attr-defined]
+        return "".join("N" if text == unknown else text for text in _texts(self, ids))
 
     def spans(self, sequence: str) -> Tensor:
         return torch.tensor(self._encoding(sequence).offsets, dtype=torch.int64).reshape(-1, 2)
 
     def _encoding(self, sequence: str) -> Any:
         text = check_sequence(sequence, "sequence").upper()
-        return self._model.encode(text)  # type: ignore[attr-defined]
+        encoding = self._model.encode(text, add_special_tokens=False)  # type: ignore[attr-defined]
+        if sum(end - start for start, end in encoding.offsets) != len(text):
+            lost = sorted(set(text) - set(self.vocabulary))  # which the library drops
+            raise ValueError(
+                f"the byte pairs' model has no token for {', '.join(lost)}, nor an unknown one; "
+                "learn byte pairs with BytePairTokenizer.train, which knows every letter"
+            )
+        return encoding
 
 
 TOKENIZERS: dict[str, type[Tokenizer]] = {
