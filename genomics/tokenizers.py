@@ -55,6 +55,11 @@ class Tokenizer(ABC):
     def mask_id(self) -> int:
         return len(self.vocabulary)
 
+    @property
+    def least(self) -> int:
+        """Bases that a sequence must have."""
+        return 1
+
     @abstractmethod
     def encode(self, sequence: str) -> Tensor:
         """Ids (l,) int64 of a sequence. Raises ValueError for a letter that is no IUPAC code."""
@@ -150,6 +155,10 @@ class KmerTokenizer(Tokenizer):
         words = ["".join(word) for word in itertools.product(BASES, repeat=self.k)]
         rest = [] if self.overlapping or self.k == 1 else list(BASES)
         return [*words, "N" * self.k, *rest, *(["N"] if rest else [])]
+
+    @property
+    def least(self) -> int:
+        return self.k if self.overlapping else 1
 
     def encode(self, sequence: str) -> Tensor:
         letters = _letter_codes(sequence).astype(np.int64)
