@@ -115,7 +115,12 @@ def read_narrow_peak(path: str | PathLike[str]) -> Iterator[Feature]:
 
 
 def read_gff(path: str | PathLike[str]) -> Iterator[Feature]:
-    """Lines of a GFF3 or GTF file as features of one block each; ends at an embedded ##FASTA."""
+    """Lines of a GFF3 or GTF file as features of one block each; ends at an embedded ##FASTA.
+
+    Where a line before says that a contig is circular (Is_circular), one that runs over its origin,
+    and so ends beyond its length, is two; "origin" among the attributes of what lies behind it.
+    """
+    circles: dict[str, int] = {}
     for where, fields in read_fields(path, 9, "GFF3 or GTF", until="##FASTA"):
         first = number(fields[3], int, "start", where)
         last = number(fields[4], int, "end", where)
@@ -127,8 +132,11 @@ def read_gff(path: str | PathLike[str]) -> Iterator[Feature]:
                 raise UnreadableInput(f"{where}: phase is {fields[7]!r}, expected 0, 1, 2 or a dot")
             attributes["phase"] = fields[7]
         names = ("Name", "ID", "gene", "gene_id")
-        yield _feature(
-            contig=unquote(fields[0]),
+        contig = unquote(fields[0])
+        if attributes.get("Is_circular", "").lower() == "true":
+            circles[contig] = max(last, circles.get(contig, 0))
+        whole = _feature(
+            contig=contig,
             start=first - 1,
             end=last,
             strand="." if fields[6] == "?" else fields[6],
@@ -138,6 +146,28 @@ def read_gff(path: str | PathLike[str]) -> Iterator[Feature]:
             attributes=attributes,
             where=where,
         )
+        yield from _on_circle(whole, circles.get(contig, last))
+
+
+def _on_circle(feature: Feature, length: int) -> list[Feature]:
+    """A feature of a circle of that length, whose end may count on behind the origin: as two."""
+    over = feature.end - length
+    if not 0 < over <= length:
+        return [feature]
+    behind = replace(
+        feature,
+        start=max(feature.start - length, 0),
+        end=over,
+        blocks=(),
+        attributes={**feature.attributes, "origin": "behind"},
+    )
+    if feature.start >= length:
+        return [behind]
+    before = replace(feature, end=length, blocks=())
+    first, second = (behind, before) if feature.strand == "-" else (before, behind)
+    phase = str((first.phase - len(first)) % 3)
+    second = replace(second, attributes={**second.attributes, "phase": phase})
+    return [second, first] if feature.strand == "-" else [first, second]
 
 
 def read_genbank(path: str | PathLike[str]) -> Iterator[tuple[Record, list[Feature]]]:
@@ -230,8 +260,9 @@ def joined(features: Iterable[Feature], kind: str = "CDS") -> list[Feature]:
     """Lines of GFF3 or GTF of one kind, joined by their Parent, transcript_id or ID into features.
 
     A line of several parents is part of each. What has no such attribute, or has blocks already,
-    stays as it is. Lines on both strands (trans-splicing) become a feature without strand. The stop
-    codon, which GTF keeps out of CDS and GFF3 does not, is part of it.
+    stays as it is. What lies behind the origin of a circle is a feature of its own. Lines on both
+    strands (trans-splicing) become a feature without strand. The stop codon, which GTF keeps out of
+    CDS and GFF3 does not, is part of it.
     """
     groups: dict[Any, list[Feature]] = {}
     stops: dict[Any, list[tuple[int, int]]] = {}
@@ -247,10 +278,22 @@ def joined(features: Iterable[Feature], kind: str = "CDS") -> list[Feature]:
             elif (kind, feature.kind) == ("CDS", "stop_codon"):
                 stops.setdefault(key, []).extend(feature.blocks)
     return [
-        _one_region(parts, stops.get(key, ()))
+        region
         for key, lines in groups.items()
         for parts in _regions_of(lines)
+        for region in _sides(parts, stops.get(key, ()))
     ]
+
+
+def _sides(parts: list[Feature], stops: Iterable[tuple[int, int]]) -> list[Feature]:
+    """Lines of a region as one feature, or two where some of them lie behind a circle's origin."""
+    sides = [[p for p in parts if ("origin" in p.attributes) == behind] for behind in (False, True)]
+    if not all(sides):
+        return [_one_region(parts, stops)]
+    before, behind = (_one_region(side, stops) for side in sides)
+    if before.strand == "-":
+        return [replace(before, has_start=False), replace(behind, has_stop=False)]
+    return [replace(before, has_stop=False), replace(behind, has_start=False)]
 
 
 def _regions_of(lines: list[Feature]) -> list[list[Feature]]:

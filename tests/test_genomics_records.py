@@ -265,6 +265,26 @@ def test_lines_of_gff_are_joined_into_coding_regions(tmp_path, lines, expected):
     assert [" ".join(f"{a + 1}-{b}" for a, b in f.blocks) for f in found] == expected
 
 
+@pytest.mark.parametrize(
+    ("strand", "lines", "expected"),
+    [
+        ("+", ["50\t70"], [(49, 60, 0, True, False), (0, 10, 1, False, True)]),
+        ("-", ["50\t70"], [(49, 60, 2, False, True), (0, 10, 0, True, False)]),
+        ("+", ["30\t38", "58\t63", "70\t75"], [(29, 60, 0, True, False), (0, 15, 0, False, True)]),
+        ("+", ["62\t70"], [(1, 10, 0, True, True)]),
+    ],
+)
+def test_a_gene_of_gff_goes_over_the_origin_of_a_circle(tmp_path, genome, strand, lines, expected):
+    """As a GenBank feature does: see test_locations_of_genbank."""
+    text = "two\tx\tregion\t1\t60\t.\t+\t.\tID=two;Is_circular={}\n"
+    for span in lines:
+        text += f"two\tx\tCDS\t{span}\t.\t{strand}\t0\tID=c;Parent=g\n"
+    found = joined(read_features(write(tmp_path / "a.gff3", text.format("true")), genome))
+    assert [(f.start, f.end, f.phase, f.has_start, f.has_stop) for f in found] == expected
+    with pytest.raises(ValueError, match="runs beyond the end of two"):
+        read_features(write(tmp_path / "a.gff3", text.format("false")), genome)
+
+
 def test_a_gene_of_both_strands_has_none(tmp_path):
     lines = [(1, 9, "+", "ID=a;Parent=g"), (21, 30, "-", "ID=a;Parent=g")]
     text = "".join(CDS_LINE.format(*line) for line in lines)
