@@ -125,6 +125,12 @@ def test_other_files_that_are_no_genome(tmp_path):
         Genome(tmp_path / "none.fa")
 
 
+def test_a_small_file_that_was_cut_is_named_with_its_size(tmp_path):
+    data = gzip.compress(b"one\t5\t9\n" * 30)[:12]
+    with pytest.raises(UnreadableInput, match=rf"a\.bed\.gz: .* within its {len(data)} bytes"):
+        read_features(write(tmp_path / "a.bed.gz", data))
+
+
 def test_a_bgzip_file_that_was_cut_or_damaged_is_named(tmp_path):
     whole = tmp_path / "whole.fa.gz"
     with bgzf.BgzfWriter(str(whole)) as file:
