@@ -115,7 +115,12 @@ def read_narrow_peak(path: str | PathLike[str]) -> Iterator[Feature]:
 
 
 def read_gff(path: str | PathLike[str]) -> Iterator[Feature]:
-    """Lines of a GFF3 or GTF file as features of one block each; ends at an embedded ##FASTA."""
+    """Lines of a GFF3 or GTF file as features of one block each; ends at an embedded ##FASTA.
+
+    Where a line before says that a contig is circular (Is_circular), one that runs over its origin,
+    and so ends beyond its length, is two; "origin" among the attributes of what lies behind it.
+    """
+    circles: dict[str, int] = {}
     for where, fields in read_fields(path, 9, "GFF3 or GTF", until="##FASTA"):
         first = number(fields[3], int, "start", where)
         last = number(fields[4], int, "end", where)
@@ -127,8 +132,11 @@ def read_gff(path: str | PathLike[str]) -> Iterator[Feature]:
                 raise UnreadableInput(f"{where}: phase is {fields[7]!r}, expected 0, 1, 2 or a dot")
             attributes["phase"] = fields[7]
         names = ("Name", "ID", "gene", "gene_id")
-        yield _feature(
-            contig=unquote(fields[0]),
+        contig = unquote(fields[0])
+        if attributes.get("Is_circular", "").lower() == "true":
+            circles[contig] = max(last, circles.get(contig, 0))
+        whole = _feature(
+            contig=contig,
             start=first - 1,
             end=last,
             strand="." if fields[6] == "?" else fields[6],
@@ -138,22 +146,44 @@ def read_gff(path: str | PathLike[str]) -> Iterator[Feature]:
             attributes=attributes,
             where=where,
         )
+        yield from _on_circle(whole, circles.get(contig, last))
+
+
+def _on_circle(feature: Feature, length: int) -> list[Feature]:
+    """A feature of a circle of that length, whose end may count on behind the origin: as two."""
+    over = feature.end - length
+    if not 0 < over <= length:
+        return [feature]
+    behind = replace(
+        feature,
+        start=max(feature.start - length, 0),
+        end=over,
+        blocks=(),
+        attributes={**feature.attributes, "origin": "behind"},
+    )
+    if feature.start >= length:
+        return [behind]
+    before = replace(feature, end=length, blocks=())
+    first, second = (behind, before) if feature.strand == "-" else (before, behind)
+    phase = str((first.phase - len(first)) % 3)
+    second = replace(second, attributes={**second.attributes, "phase": phase})
+    return [second, first] if feature.strand == "-" else [first, second]
 
 
 def read_genbank(path: str | PathLike[str]) -> Iterator[tuple[Record, list[Feature]]]:
     """Each record of a GenBank file with its features, through Biopython.
 
     A feature that runs over the origin of a circular genome is two, one on either side of it. What
-    lies between two bases is left out, and, with a warning, what lies partly in another record.
-    Raises UnreadableInput for a record without sequence, a name that comes twice, or, in the end,
-    where no record has features besides its source.
+    lies between two bases is left out, and, with a warning, what lies partly in another record or
+    has no location that can be read. Raises UnreadableInput for a record without sequence or with
+    another length than its LOCUS line says, a name that comes twice, or, in the end, where no
+    record has features besides its source.
     """
     records, annotated = 0, False
     names: set[str] = set()
     try:
-        with open_text(path) as text, warnings.catch_warnings():
-            warnings.simplefilter("ignore", BiopythonParserWarning)  # older dialects of the header
-            for records, entry in enumerate(SeqIO.parse(text, "genbank"), 1):  # noqa: B007
+        with open_text(path) as text:
+            for records, (entry, remarks) in enumerate(_genbank_entries(text), 1):  # noqa: B007
                 where = f"{fspath(path)}: record {entry.id}"
                 contig = entry.name
                 if contig in names:
@@ -167,6 +197,7 @@ def read_genbank(path: str | PathLike[str]) -> Iterator[tuple[Record, list[Featu
                         f"{where} has no sequence (ORIGIN); fetch the full record"
                     )
                 sequence = check_sequence(str(entry.seq), where)
+                _check_remarks(remarks, where)
                 features = [
                     feature
                     for f in entry.features
@@ -180,9 +211,10 @@ def read_genbank(path: str | PathLike[str]) -> Iterator[tuple[Record, list[Featu
     except UnreadableInput:
         raise
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise truncated(path, 0) from error
+        raise truncated(path, records, "record") from error
     except ValueError as error:
-        raise UnreadableInput(f"{fspath(path)}: after record {records}: {error}") from error
+        reason = " ".join(str(error).split())  # Biopython's may be of several lines
+        raise UnreadableInput(f"{fspath(path)}: after record {records}: {reason}") from error
     if not records:
         raise UnreadableInput(f"{fspath(path)} holds no GenBank record; expected a line LOCUS")
     if not annotated:
@@ -191,43 +223,109 @@ def read_genbank(path: str | PathLike[str]) -> Iterator[tuple[Record, list[Featu
         )
 
 
+def _genbank_entries(text: IO[str]) -> Iterator[tuple[Any, list[str]]]:
+    """Biopython's record and what its parser remarked on, which it warns of and goes on."""
+    entries = SeqIO.parse(text, "genbank")
+    while True:
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always", BiopythonParserWarning)
+            entry = next(entries, None)
+        if entry is None:
+            return
+        yield entry, [str(warning.message) for warning in found]
+
+
+def _check_remarks(remarks: Iterable[str], where: str) -> None:
+    """Raise UnreadableInput for a part of a sequence, and warn of a feature without a place.
+
+    Other remarks are on older dialects of the format.
+    """
+    for remark in remarks:
+        if length := re.match(r"Expected sequence length (\d+), found (\d+)", remark):
+            raise UnreadableInput(
+                f"{where} has {int(length[2]):,} bases, but {int(length[1]):,} in its LOCUS line; "
+                "is it truncated? Fetch it again, or correct that line"
+            )
+        reason, found, _ = remark.partition("; setting feature location to None")
+        if found:
+            warnings.warn(f"{where}: {reason}; the feature is left out", stacklevel=2)
+
+
 def genbank_genome(path: str | PathLike[str]) -> MemoryGenome:
     """The sequences of a GenBank file, in memory."""
     return MemoryGenome({record.name: record.sequence for record, _ in read_genbank(path)}, path)
 
 
 def joined(features: Iterable[Feature], kind: str = "CDS") -> list[Feature]:
-    """Lines of GFF3 or GTF of one kind, joined by their Parent or transcript_id into features.
+    """Lines of GFF3 or GTF of one kind, joined by their Parent, transcript_id or ID into features.
 
     A line of several parents is part of each. What has no such attribute, or has blocks already,
-    stays as it is. The stop codon, which GTF keeps out of CDS and GFF3 does not, is part of it.
+    stays as it is. What lies behind the origin of a circle is a feature of its own. Lines on both
+    strands (trans-splicing) become a feature without strand. The stop codon, which GTF keeps out of
+    CDS and GFF3 does not, is part of it.
     """
     groups: dict[Any, list[Feature]] = {}
     stops: dict[Any, list[tuple[int, int]]] = {}
     for index, feature in enumerate(features):
+        own = feature.attributes.get("ID")
         transcript = feature.attributes.get("transcript_id")
         parents = feature.attributes.get("Parent", transcript or "").split(",")
-        keys = [(feature.contig, parent) if parent else index for parent in parents]
+        alone = ("ID", feature.contig, own) if own else index
+        keys = [(feature.contig, parent) if parent else alone for parent in parents]
         for key in keys:
             if feature.kind == kind:
                 groups.setdefault(key, []).append(feature)
             elif (kind, feature.kind) == ("CDS", "stop_codon"):
                 stops.setdefault(key, []).extend(feature.blocks)
-    whole = []
-    for key, parts in groups.items():
-        blocks = [block for part in parts for block in part.blocks]
-        for stop in stops.get(key, ()):
-            blocks = _with_stop(blocks, stop)
-        blocks.sort()
-        start, end = blocks[0][0], max(block[1] for block in blocks)
-        # The one that comes first in its direction, since its phase is that of the whole.
-        first = (
-            max(parts, key=lambda p: p.end)
-            if parts[0].strand == "-"
-            else min(parts, key=lambda p: p.start)
-        )
-        whole.append(replace(first, start=start, end=end, blocks=tuple(blocks)))
-    return whole
+    return [
+        region
+        for key, lines in groups.items()
+        for parts in _regions_of(lines)
+        for region in _sides(parts, stops.get(key, ()))
+    ]
+
+
+def _sides(parts: list[Feature], stops: Iterable[tuple[int, int]]) -> list[Feature]:
+    """Lines of a region as one feature, or two where some of them lie behind a circle's origin."""
+    sides = [[p for p in parts if ("origin" in p.attributes) == behind] for behind in (False, True)]
+    if not all(sides):
+        return [_one_region(parts, stops)]
+    before, behind = (_one_region(side, stops) for side in sides)
+    if before.strand == "-":
+        return [replace(before, has_start=False), replace(behind, has_stop=False)]
+    return [replace(before, has_stop=False), replace(behind, has_start=False)]
+
+
+def _regions_of(lines: list[Feature]) -> list[list[Feature]]:
+    """The lines of each region of one parent: all of them, or those of each ID where they overlap.
+
+    A bacterial gene of two products has two such regions. An ID may as well be that of a line, and
+    a frame that shifts back takes up to two bases twice.
+    """
+    ordered = sorted(lines, key=lambda line: line.start)
+    if not any(
+        a.end - b.start > 2 and a.attributes.get("ID") != b.attributes.get("ID")
+        for a, b in pairwise(ordered)
+    ):
+        return [lines]
+    regions: dict[str | None, list[Feature]] = {}
+    for line in lines:
+        regions.setdefault(line.attributes.get("ID"), []).append(line)
+    return list(regions.values())
+
+
+def _one_region(parts: list[Feature], stops: Iterable[tuple[int, int]]) -> Feature:
+    """Lines of a region, and its stop codon where that is not among them, as one feature."""
+    blocks = [block for part in parts for block in part.blocks]
+    for stop in stops:
+        blocks = _with_stop(blocks, stop)
+    blocks.sort()
+    start, end = blocks[0][0], max(block[1] for block in blocks)
+    strands = {part.strand for part in parts}
+    strand = parts[0].strand if len(strands) == 1 else "."
+    # The one that comes first in its direction, since its phase is that of the whole.
+    first = max(parts, key=lambda p: p.end) if strand == "-" else min(parts, key=lambda p: p.start)
+    return replace(first, start=start, end=end, blocks=tuple(blocks), strand=strand)
 
 
 def _with_stop(blocks: list[tuple[int, int]], stop: tuple[int, int]) -> list[tuple[int, int]]:

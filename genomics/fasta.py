@@ -220,7 +220,7 @@ def read_fastq(path: str | PathLike[str]) -> Iterator[Record]:
                 quality = np.frombuffer(scores.encode("ascii"), np.uint8) - 33
                 yield Record(name, check_sequence(sequence, where), description, quality)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise truncated(path, 0) from error
+        raise truncated(path, count, "read") from error
     except UnreadableInput:
         raise
     except ValueError as error:

@@ -140,6 +140,11 @@ class GenomeText(DataModule):
         if window < 1:
             raise ValueError(f"data.window is {window}, expected at least 1")
         self.paths, self.tokenizer = paths, resolved_options(tokenizer or {"kind": "base"})
+        if window < self.tokens.least:
+            raise ValueError(
+                f"data.window is {window}, expected at least the {self.tokens.least} bases of a "
+                "word of data.tokenizer"
+            )
         if shift and self.tokenizer["kind"] != "base":
             raise ValueError(f"data.shift is {shift}, which needs base tokens")
         self.window, self.shift, self.reverse_complement = window, shift, reverse_complement
@@ -204,7 +209,10 @@ class GenomeText(DataModule):
             rest, test = cut_share(rest, self.held_share)
         if not val:
             rest, val = cut_share(rest, self.held_share)
-        return {"train": rest, "val": val, "test": test}
+        parts = {"train": rest, "val": val, "test": test}
+        # A few bases between two features, or a contig of them, hold no overlapping word.
+        least = self.tokens.least
+        return {name: [r for r in part if len(r) >= least] for name, part in parts.items()}
 
     def _wider(self, feature: Feature, lengths: dict[str, int]) -> Feature:
         start = max(feature.start - self.exclude_margin, 0)

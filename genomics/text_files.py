@@ -80,9 +80,13 @@ def read_lines(path: str | PathLike[str]) -> Iterator[tuple[int, str]]:
         raise UnreadableInput(f"{fspath(path)}:{number}: bytes that are no UTF-8 text") from error
 
 
-def truncated(path: str | PathLike[str], line: int) -> UnreadableInput:
-    """The error for a compressed file that is truncated or damaged; line 0: not known where."""
-    place = f" after line {line:,}" if line else ""
+def truncated(path: str | PathLike[str], number: int, of: str = "line") -> UnreadableInput:
+    """The error for a compressed file that is truncated or damaged.
+
+    Number 0: before the first was read, as in a small file, which is unpacked at once.
+    """
+    size = Path(path).stat().st_size
+    place = f" after {of} {number:,}" if number else f" within its {size:,} bytes"
     return UnreadableInput(
         f"{fspath(path)}: the compressed file is truncated or damaged{place}; fetch it again"
     )

@@ -55,6 +55,11 @@ class Tokenizer(ABC):
     def mask_id(self) -> int:
         return len(self.vocabulary)
 
+    @property
+    def least(self) -> int:
+        """Bases that a sequence must have."""
+        return 1
+
     @abstractmethod
     def encode(self, sequence: str) -> Tensor:
         """Ids (l,) int64 of a sequence. Raises ValueError for a letter that is no IUPAC code."""
@@ -151,6 +156,10 @@ class KmerTokenizer(Tokenizer):
         rest = [] if self.overlapping or self.k == 1 else list(BASES)
         return [*words, "N" * self.k, *rest, *(["N"] if rest else [])]
 
+    @property
+    def least(self) -> int:
+        return self.k if self.overlapping else 1
+
     def encode(self, sequence: str) -> Tensor:
         letters = _letter_codes(sequence).astype(np.int64)
         if self.overlapping and len(letters) < self.k:
@@ -201,6 +210,9 @@ class KmerTokenizer(Tokenizer):
 class BytePairTokenizer(Tokenizer):
     """Byte-pair encoding as in DNABERT-2 (Zhou et al. 2023), through the `tokenizers` library.
 
+    A model from elsewhere may lack letters: each is its unknown token then, which decodes as N, and
+    where it has none, encoding raises ValueError. No tokens are added around a sequence.
+
     Args:
         model: the library's own JSON, as `train` makes it, or what that JSON holds.
     """
@@ -239,14 +251,22 @@ class BytePairTokenizer(Tokenizer):
         return torch.tensor(self._encoding(sequence).ids, dtype=torch.int64)
 
     def decode(self, ids: Tensor) -> str:
-        return "".join(_texts(self, ids))
+        unknown = getattr(self._model.model, "unk_token", None)  # type: ignore[attr-defined]
+        return "".join("N" if text == unknown else text for text in _texts(self, ids))
 
     def spans(self, sequence: str) -> Tensor:
         return torch.tensor(self._encoding(sequence).offsets, dtype=torch.int64).reshape(-1, 2)
 
     def _encoding(self, sequence: str) -> Any:
         text = check_sequence(sequence, "sequence").upper()
-        return self._model.encode(text)  # type: ignore[attr-defined]
+        encoding = self._model.encode(text, add_special_tokens=False)  # type: ignore[attr-defined]
+        if sum(end - start for start, end in encoding.offsets) != len(text):
+            lost = sorted(set(text) - set(self.vocabulary))  # which the library drops
+            raise ValueError(
+                f"the byte pairs' model has no token for {', '.join(lost)}, nor an unknown one; "
+                "learn byte pairs with BytePairTokenizer.train, which knows every letter"
+            )
+        return encoding
 
 
 TOKENIZERS: dict[str, type[Tokenizer]] = {

@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -305,11 +306,13 @@ def _predict_batches(model: Any, arguments: argparse.Namespace) -> int:
     if arguments.top_k is not None:
         answers = (_likeliest(answer, arguments.top_k) for answer in answers)
     layout = _layout(arguments)
-    with _output(arguments.output) as file:
-        _write_answers(answers, file, layout)
+    first = list(islice(answers, 1))
+    if first:  # else no file appears, and none is emptied
+        with _output(arguments.output) as file:
+            _write_answers(chain(first, answers), file, layout)
     if unreadable:
         print(f"{PROG}: {unreadable} of {inputs} inputs could not be read", file=sys.stderr)
-    return 1 if unreadable == inputs else 0
+    return 0 if first else 1
 
 
 def _embed(arguments: argparse.Namespace) -> int:

@@ -516,6 +516,33 @@ def test_text_of_genomes_keeps_held_out_bases_unseen(annotated):
     assert turned["inputs"].shape == turned["weights"].shape == (300,)
 
 
+def test_leftovers_shorter_than_a_word_are_no_samples(tmp_path):
+    genome, holes = tmp_path / "g.fa", tmp_path / "holes.bed"
+    genome.write_text(f">a\n{dna(500)}\n>b\nACG\n")
+    holes.write_text("a\t100\t200\na\t204\t300\n")
+    options = {"paths": [str(genome)], "exclude": str(holes), "held_share": 0.2}
+    data = GenomeText(tokenizer={"kind": "kmer", "k": 6}, window=50, **options)
+    data.setup("fit")
+    samples = [s for part in (data.train_set, data.val_set, data.test_set) for s in part]
+    assert min(len(sample["inputs"]) for sample in samples) >= 1
+    assert sum(len(region) for part in PARTS for region in data.regions[part]) == 300
+    with pytest.raises(ValueError, match=r"data\.window is 5, expected at least the 6"):
+        GenomeText(tokenizer={"kind": "kmer", "k": 6}, window=5, **options)
+
+
+def test_records_that_cannot_be_read_leave_no_answers_behind(annotated, monkeypatch, capsys):
+    monkeypatch.chdir(annotated)
+    Path("bad.fa").write_text(">a\nMKLV\n")
+    Path("kept.csv").write_text("of an earlier run\n")
+    data = ["--data.paths=[g.fa]", "--data.exclude=null", "--data.window=500", "--data.shift=0"]
+    assert main(["train", "genomics/pretrain", "--run", "base", *SMALL, *data]) == 0
+    for output in ("new.csv", "kept.csv"):
+        assert main(["predict", "base", "bad.fa", "--output", output]) == 1
+    assert "bad.fa:2: a:3: 'L' is no IUPAC code" in capsys.readouterr().err
+    assert not Path("new.csv").exists()
+    assert Path("kept.csv").read_text() == "of an earlier run\n"
+
+
 def test_coverage_is_binned_where_it_was_measured(tmp_path):
     (tmp_path / "g.fa").write_text(f">c\n{dna(1000)}\n")
     (tmp_path / "t.wig.gz").write_bytes(

@@ -125,6 +125,12 @@ def test_other_files_that_are_no_genome(tmp_path):
         Genome(tmp_path / "none.fa")
 
 
+def test_a_small_file_that_was_cut_is_named_with_its_size(tmp_path):
+    data = gzip.compress(b"one\t5\t9\n" * 30)[:12]
+    with pytest.raises(UnreadableInput, match=rf"a\.bed\.gz: .* within its {len(data)} bytes"):
+        read_features(write(tmp_path / "a.bed.gz", data))
+
+
 def test_a_bgzip_file_that_was_cut_or_damaged_is_named(tmp_path):
     whole = tmp_path / "whole.fa.gz"
     with bgzf.BgzfWriter(str(whole)) as file:
@@ -235,6 +241,63 @@ def test_gff_as_tools_write_it(tmp_path):
         read_features(write(tmp_path / "a.gtf", gtf.replace("\t0\t", "\t3\t")))
 
 
+CDS_LINE = "one\tx\tCDS\t{}\t{}\t.\t{}\t0\t{}\n"
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        # One ID is one feature, with or without a Parent.
+        (
+            [(1, 9, "+", "ID=a"), (21, 30, "+", "ID=a"), (41, 50, "+", "ID=b")],
+            ["1-9 21-30", "41-50"],
+        ),
+        # Two products of one gene, as NCBI writes a programmed frameshift.
+        (
+            [
+                (1, 60, "+", "ID=a;Parent=g"),
+                (1, 30, "+", "ID=b;Parent=g"),
+                (30, 35, "+", "ID=b;Parent=g"),
+            ],
+            ["1-60", "1-30 30-35"],
+        ),
+        # IDs of lines are no features; a frame that shifts back takes two bases twice.
+        ([(1, 9, "+", "ID=a1;Parent=g"), (8, 30, "+", "ID=a2;Parent=g")], ["1-9 8-30"]),
+    ],
+)
+def test_lines_of_gff_are_joined_into_coding_regions(tmp_path, lines, expected):
+    text = "".join(CDS_LINE.format(*line) for line in lines)
+    found = joined(read_features(write(tmp_path / "a.gff3", text)))
+    assert [" ".join(f"{a + 1}-{b}" for a, b in f.blocks) for f in found] == expected
+
+
+@pytest.mark.parametrize(
+    ("strand", "lines", "expected"),
+    [
+        ("+", ["50\t70"], [(49, 60, 0, True, False), (0, 10, 1, False, True)]),
+        ("-", ["50\t70"], [(49, 60, 2, False, True), (0, 10, 0, True, False)]),
+        ("+", ["30\t38", "58\t63", "70\t75"], [(29, 60, 0, True, False), (0, 15, 0, False, True)]),
+        ("+", ["62\t70"], [(1, 10, 0, True, True)]),
+    ],
+)
+def test_a_gene_of_gff_goes_over_the_origin_of_a_circle(tmp_path, genome, strand, lines, expected):
+    """As a GenBank feature does: see test_locations_of_genbank."""
+    text = "two\tx\tregion\t1\t60\t.\t+\t.\tID=two;Is_circular={}\n"
+    for span in lines:
+        text += f"two\tx\tCDS\t{span}\t.\t{strand}\t0\tID=c;Parent=g\n"
+    found = joined(read_features(write(tmp_path / "a.gff3", text.format("true")), genome))
+    assert [(f.start, f.end, f.phase, f.has_start, f.has_stop) for f in found] == expected
+    with pytest.raises(ValueError, match="runs beyond the end of two"):
+        read_features(write(tmp_path / "a.gff3", text.format("false")), genome)
+
+
+def test_a_gene_of_both_strands_has_none(tmp_path):
+    lines = [(1, 9, "+", "ID=a;Parent=g"), (21, 30, "-", "ID=a;Parent=g")]
+    text = "".join(CDS_LINE.format(*line) for line in lines)
+    (feature,) = joined(read_features(write(tmp_path / "a.gff3", text)))
+    assert feature.strand == "."
+
+
 @pytest.mark.parametrize(
     ("stops", "blocks"),
     [
@@ -308,6 +371,28 @@ def test_other_things_of_genbank(tmp_path):
     data[-6] ^= 1
     with pytest.raises(UnreadableInput, match="truncated or damaged"):
         list(read_genbank(write(tmp_path / "g.gbk.gz", bytes(data))))
+
+
+def test_a_genbank_that_was_cut_or_lacks_a_place_is_named(tmp_path):
+    path = genbank(tmp_path, "1..9")
+    write(path, path.read_text()[:-20])
+    with pytest.raises(
+        UnreadableInput, match=r"g\.gbk: record one\.1 has 4\d bases, but 60 in its"
+    ):
+        list(read_genbank(path))
+    for kept in (1, 2):  # records before the one that is cut
+        data = "".join(genbank(tmp_path, "1..9", name=f"r{i}").read_text() for i in range(kept))
+        data = gzip.compress((data + genbank(tmp_path, "1..9").read_text()).encode(), 0)
+        with pytest.raises(UnreadableInput, match=f"truncated or damaged after record {kept}"):
+            list(read_genbank(write(tmp_path / "g.gbk.gz", data[:-150])))
+    path = genbank(tmp_path, "51..9", "1..9")
+    write(path, path.read_text().replace("circular", "linear  "))
+    with pytest.warns(UserWarning, match=r"record one\.1: .*'51\.\.9'.*the feature is left out$"):
+        ((_, found),) = read_genbank(path)
+    assert len(found) == 1
+    with pytest.raises(UnreadableInput, match=r"after record 0: Problem .*join\(1\.\.5") as error:
+        list(read_genbank(genbank(tmp_path, "join(1..5")))
+    assert "\n" not in str(error.value)
 
 
 def test_peaks_have_a_summit(tmp_path):

@@ -3,6 +3,10 @@
 import json
 
 import pytest
+import tokenizers
+import tokenizers.models
+import tokenizers.processors
+import tokenizers.trainers
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -113,6 +117,28 @@ def test_byte_pairs_are_named_by_their_file(tmp_path, made_by):
 def test_byte_pairs_are_learned():
     assert 16 < BPE.size <= 40
     assert len(BPE.encode("ACGTACGT")) < 8
+
+
+@pytest.mark.parametrize("unknown", [None, "[UNK]"])
+def test_byte_pairs_from_elsewhere_lose_no_letter_in_silence(unknown):
+    """A model of four letters that adds tokens around a text, as those of language models do."""
+    library = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token=unknown))
+    specials = [token for token in ("[CLS]", unknown) if token]
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=20, special_tokens=specials, show_progress=False
+    )
+    library.train_from_iterator(["ACGTTGACCAGT" * 9], trainer)
+    library.post_processor = tokenizers.processors.TemplateProcessing(
+        single="[CLS] $A", special_tokens=[("[CLS]", 0)]
+    )
+    model = BytePairTokenizer(model=library.to_str())
+    assert model.decode(model.encode("ACGTTGACGT")) == "ACGTTGACGT"
+    if unknown is None:
+        with pytest.raises(ValueError, match="no token for N, R, nor an unknown one"):
+            model.encode("ACNNGTRA")
+        return
+    assert model.decode(model.encode("ACNNGTRA")) == "ACNNGTNA"
+    assert model.soft_mask("TTnN").tolist()[-2:] == [True, False]
 
 
 @pytest.mark.parametrize(
