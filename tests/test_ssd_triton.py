@@ -189,8 +189,8 @@ def test_packed_sequences_cut_into_segments(monkeypatch, chained):
     use_tiling(monkeypatch, **SMALL_CHUNKS, scan_programs=8, least_segment=1)
     monkeypatch.setattr(ssd_triton_plan, "MOST_CHAINED", chained)
     torch.manual_seed(0)
-    bounds = [0, 1, 30, 31, 70]
-    check(draw(l=70, bounds=bounds, both=True), bounds)
+    bounds = [0, 1, 20, 21, 45]
+    check(draw(l=45, h=1, bounds=bounds, both=True), bounds)
 
 
 @interpreted
